@@ -1,0 +1,1647 @@
+"""Tests of vgrpo.py, each against an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
+import base64
+import http.server
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"                # read when the hub's library is imported
+
+import rewards  # noqa: E402
+import vgrpo  # noqa: E402
+
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow" needs no file to name it
+HERE = Path(__file__).parent
+TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_second", "peak_memory_gb")
+SMALL = ["--iterations", "2", "--prompts-per-iteration", "4", "--group-size", "3", "--steps", "3", "--n-mc", "2",
+         "--save-every", "1"]
+
+
+def gen(*key):
+    return vgrpo.generator("test", *key)
+
+
+@pytest.fixture(scope="session")
+def blank_cache(tmp_path_factory):
+    """A cache whose tiny pipeline has random weights: enough for everything but learning."""
+    folder = tmp_path_factory.mktemp("cache")
+    torch.manual_seed(0)
+    vgrpo.blank_tiny().save_pretrained(folder / "tiny-sd3-v1")
+    return folder
+
+
+@pytest.fixture
+def blank(blank_cache, monkeypatch):
+    monkeypatch.setenv("VGRPO_CACHE", str(blank_cache))
+    return blank_cache
+
+
+def load(*flags):
+    cfg = vgrpo.parse_config(list(flags))
+    return cfg, *vgrpo.load_policy(cfg, torch.device("cpu"))
+
+
+def run(out, *flags):
+    """An in-process run -> its metrics lines, without times."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    vgrpo.main([*SMALL, "--out", str(out), *flags])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return metrics(out)
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def close(a, b, relative):
+    assert len(a) == len(b)
+    for one, other in zip(a, b):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert one[key] == pytest.approx(other[key], rel=relative, abs=1e-6), (one["iteration"], key)
+
+
+# ---- the paper's equations
+
+
+def test_add_noise_goes_from_data_to_noise():
+    o, eps = torch.randn(5, 1, 4, 2, 2, generator=gen(0)), torch.randn(5, 3, 4, 2, 2, generator=gen(1))
+    t = torch.tensor([0.0, 0.25, 1.0]).expand(5, 3)
+    z = vgrpo.add_noise(o, t, eps)
+    assert torch.equal(z[:, 0], o[:, 0]) and torch.equal(z[:, 2], eps[:, 2])
+    assert torch.allclose(z[:, 1], 0.75 * o[:, 0] + 0.25 * eps[:, 1])
+
+
+@pytest.mark.parametrize("n, M", [(40, 4), (16, 4), (10, 4), (10, 3), (4, 8)])
+def test_strata_one_timestep_in_each_and_every_grid_point_equally_often(n, M):
+    sigmas = torch.linspace(1, 1 / n, n)
+    draws = torch.stack([vgrpo.draw_pairs(gen(i), sigmas, 1, M, (1,))[0][0] for i in range(4000)])
+    index = torch.round(n * (1 - draws)).long()
+    for j in range(M):
+        assert index[:, j].min() == j * n // M and index[:, j].max() == math.ceil((j + 1) * n / M) - 1
+    share = torch.bincount(index.flatten(), minlength=n) / index.numel()
+    assert (share - 1 / n).abs().max() < 5 * math.sqrt(1 / n / index.numel())
+
+
+def test_without_strata_two_timesteps_may_fall_in_one():
+    t = torch.stack([vgrpo.draw_pairs(gen(i), torch.linspace(1, .1, 10), 1, 2, (1,), stratified=False)[0][0]
+                     for i in range(100)])
+    assert ((t[:, 0] > .5) == (t[:, 1] > .5)).any()
+
+
+@pytest.mark.parametrize("M", [4, 5])
+@pytest.mark.parametrize("share", ["both", "timestep", "noise", "none"])
+def test_antithetic_noise_cancels_and_keeps_the_strata(share, M):
+    grid = torch.linspace(1, .05, 20)
+    t, eps = vgrpo.draw_pairs(gen(1), grid, 3, M, (4, 2), share, antithetic=True)
+    plain_t, plain = vgrpo.draw_pairs(gen(1), grid, 3, M, (4, 2), share, antithetic=False)
+    even = M - M % 2
+    assert torch.equal(eps[:, :even].sum(1), torch.zeros(3, 4, 2)) and eps[:, 0].abs().min() > 0
+    assert torch.equal(t, plain_t) and torch.equal(eps[:, even:], plain[:, even:])
+    assert plain[:, :even].sum(1).abs().min() > 0
+
+
+@pytest.mark.parametrize("share, same_t, same_eps", [("both", 1, 1), ("timestep", 1, 0), ("noise", 0, 1), ("none", 0, 0)])
+def test_sharing(share, same_t, same_eps):
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .01, 100), 6, 4, (3, 2), share)
+    assert t.shape == (6, 4) and eps.shape == (6, 4, 3, 2)
+    assert bool((t == t[:1]).all()) == bool(same_t) and bool((eps == eps[:1]).all()) == bool(same_eps)
+
+
+@pytest.mark.parametrize("weight", ["adaptive", "x", "v", "eps"])
+def test_surrogate_against_a_plain_loop(weight):
+    B, M, shape = 3, 4, (2, 3, 3)
+    o, v = torch.randn(B, *shape, generator=gen(0)), torch.randn(B, M, *shape, generator=gen(1))
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), B, M, shape, "none")
+    L, x = vgrpo.surrogate(v, o, t, eps, weight)
+    for b in range(B):
+        total = 0.0
+        for j in range(M):
+            s, e, clean = t[b, j].double(), eps[b, j].double(), o[b].double()
+            z = (1 - s) * clean + s * e
+            x_hat = z - s * v[b, j].double()
+            assert torch.allclose(x[b, j].double(), x_hat, atol=1e-6)
+            error = {"v": v[b, j].double() - (e - clean), "eps": (z - (1 - s) * x_hat) / s - e}.get(weight, x_hat - clean)
+            total += (error ** 2).mean() / (error.abs().mean() if weight == "adaptive" else 1)
+        assert L[b].item() == pytest.approx((total / M).item(), rel=1e-5)
+
+
+def test_no_gradient_through_the_adaptive_weight():
+    o, v = torch.randn(2, 5, generator=gen(0)), torch.randn(2, 3, 5, generator=gen(1), requires_grad=True)
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), 2, 3, (5,))
+    vgrpo.surrogate(v, o, t, eps)[0].sum().backward()
+    s = t[..., None]
+    x = (1 - s) * o[:, None] + s * eps - s * v.detach()
+    constant = (x - o[:, None]).abs().mean(-1, keepdim=True)
+    assert torch.allclose(v.grad, 2 * (x - o[:, None]) * -s / 5 / constant / 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["adaptive", "x", "v", "eps"])
+def test_the_true_velocity_recovers_the_data(weight):
+    o = torch.randn(2, 4, 2, 2, generator=gen(0))
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), 2, 4, (4, 2, 2), "none")
+    L, x = vgrpo.surrogate(eps - o[:, None], o, t, eps, weight)
+    assert torch.allclose(x, o[:, None].expand_as(x), atol=1e-6) and L.max() < 1e-5
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("share", ["both", "timestep", "noise", "none"])
+def test_estimator_is_unbiased_in_every_mode(share, antithetic, stratified):
+    """For the network v = a z the expectation over the grid and the noise has a closed form."""
+    a, G, M, d, grid = 0.3, 2, 3, 6, torch.linspace(1, .1, 10)
+    o = torch.randn(G, d, generator=gen(0))
+    exact = ((a * (1 - grid) + 1) ** 2 * o.square().mean(1, keepdim=True) + (a * grid - 1) ** 2).mean(1)
+    draws = []
+    for i in range(1000):
+        t, eps = vgrpo.draw_pairs(gen(share, antithetic, i), grid, G, M, (d,), share, stratified, antithetic)
+        draws.append(vgrpo.surrogate(a * vgrpo.add_noise(o[:, None], t, eps), o, t, eps, "v")[0])
+    draws = torch.stack(draws)
+    assert ((draws.mean(0) - exact).abs() < 4.5 * draws.std(0) / math.sqrt(len(draws))).all()
+
+
+def test_advantages():
+    R = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.1, 0.1, 0.1, 0.1], [1.0, math.nan, 3.0, 2.0]])
+    A = vgrpo.group_advantages(R)
+    one = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert torch.allclose(A[0], (one - 3) / one.std(correction=0), atol=1e-5)
+    assert torch.equal(A[1], torch.zeros(4))
+    assert A[2, 1] == 0 and torch.allclose(A[2, [0, 2, 3]], torch.tensor([-1.0, 1.0, 0.0]) * math.sqrt(1.5), atol=1e-5)
+    assert torch.equal(vgrpo.group_advantages(torch.full((1, 3), math.nan)), torch.zeros(1, 3))
+
+
+def test_combining_rewards():
+    w = torch.tensor([3.0, 1.0]).double()
+    R = torch.stack([torch.randn(2, 5, generator=gen(0)), 100 * torch.randn(2, 5, generator=gen(1))]).double()
+    by_group = vgrpo.combine_rewards(R, w)
+    assert torch.allclose(by_group, .75 * vgrpo.group_advantages(R[0]) + .25 * vgrpo.group_advantages(R[1]))
+    assert torch.allclose(vgrpo.combine_rewards(R, w, "sum"), vgrpo.group_advantages(3 * R[0] + R[1]), atol=1e-5)
+    scaled = vgrpo.combine_rewards(R * torch.tensor([7.0, .01])[:, None, None], w)
+    assert torch.allclose(scaled, by_group, atol=1e-4)
+    R[1, 0, 2] = math.nan                              # a reward that failed for an image says nothing about it
+    assert vgrpo.combine_rewards(R, w)[0, 2] == pytest.approx(.75 * by_group_of(R[0])[0, 2].item())
+    assert vgrpo.combine_rewards(R, w, "sum")[0, 2] == 0
+
+
+def by_group_of(R):
+    return vgrpo.group_advantages(R)
+
+
+def test_soft_clip():
+    A = torch.linspace(-50, 50, 101)
+    soft = vgrpo.soft_clip(A, 3.0)
+    assert soft.abs().max() <= 3 and torch.allclose(soft, 3 * torch.tanh(A / 3)) and torch.equal(soft, -soft.flip(0))
+    assert vgrpo.soft_clip(torch.tensor(.01), 3.0).item() == pytest.approx(.01, rel=1e-4)
+    assert torch.equal(vgrpo.soft_clip(A, 0.0), A)
+
+
+@pytest.mark.parametrize("A, ratio, flows", [(1, 1.05, False), (1, 0.95, True), (1, 1.005, True),
+                                             (-1, 0.95, False), (-1, 1.05, True), (-1, 0.995, True)])
+def test_clip_stops_the_gradient_only_beyond_the_range(A, ratio, flows):
+    L = torch.tensor([-math.log(ratio)], requires_grad=True)
+    loss, rho, _ = vgrpo.vgrpo_loss(L, torch.zeros(1), torch.tensor([float(A)]), clip=0.01)
+    loss.sum().backward()
+    assert rho.item() == pytest.approx(ratio)
+    assert L.grad.item() == pytest.approx(A * ratio if flows else 0.0)
+    assert loss.item() == pytest.approx(-min(ratio * A, min(max(ratio, .99), 1.01) * A))
+
+
+def test_kl_is_zero_with_zero_gradient_at_theta_old():
+    x = torch.randn(2, 3, 4, generator=gen(0), requires_grad=True)
+    L = torch.zeros(2)
+    loss, _, kl = vgrpo.vgrpo_loss(L, L, torch.zeros(2), kl=0.3, x=x, x_old=x.detach())
+    loss.sum().backward()
+    assert torch.equal(kl, torch.zeros(2)) and torch.equal(x.grad, torch.zeros_like(x))
+    loss, _, kl = vgrpo.vgrpo_loss(L, L, torch.zeros(2), kl=0.3, x=x, x_old=x.detach() + 2)
+    assert torch.allclose(kl, torch.full((2,), 4.0)) and torch.allclose(loss, 0.3 * kl)
+
+
+def test_on_policy_loss_is_odd_in_the_advantage():
+    L, A = torch.rand(6, generator=gen(0)), torch.randn(6, generator=gen(1))
+    up, ratio, _ = vgrpo.vgrpo_loss(L, L, A, clip=.01)
+    down, _, _ = vgrpo.vgrpo_loss(L, L, -A, clip=.01)
+    assert torch.equal(up, -down) and torch.equal(ratio, torch.ones(6))
+
+
+# ---- the policy
+
+
+def fake_encoder(pipe, width, pooled, tokens=7):
+    """Stands in for encode_prompt where a family's text encoders do not matter."""
+    def encode_prompt(prompt=None, *args, num_images_per_prompt=1, **kwargs):
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        embeds = torch.cat([torch.randn(1, tokens, width, generator=gen(p)) for p in prompts])
+        flat = torch.cat([torch.randn(1, pooled, generator=gen(p, "pooled")) for p in prompts])
+        return (embeds.repeat_interleave(num_images_per_prompt, 0), flat.repeat_interleave(num_images_per_prompt, 0),
+                torch.zeros(tokens, 3))
+    pipe.encode_prompt = encode_prompt
+
+
+def small_flux():
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+                                         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
+                                         axes_dims_rope=(4, 4, 8), guidance_embeds=True)
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, use_quant_conv=False,
+                        use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, vae, None, None, None, None, transformer)
+    fake_encoder(pipe, 32, 32, tokens=2)           # two tokens and three images: the listening must not mix them up
+    return pipe
+
+
+def small_sd3():
+    torch.manual_seed(0)
+    return vgrpo.blank_tiny()
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+@pytest.mark.parametrize("solver", ["euler", "dpm++"])
+@pytest.mark.parametrize("family", [small_sd3, small_flux])
+def test_velocity_is_what_the_pipeline_used_at_every_step(family, solver, size, guidance):
+    pipe, used = family(), []
+    cfg = SimpleNamespace(solver=solver, steps=5, guidance=guidance, resolution=0)
+    options = {"max_sequence_length": 0} if family is small_sd3 else {}
+    policy = vgrpo.Policy(pipe, cfg, torch.device("cpu"), height=size[0], width=size[1], **options)
+    hook = pipe.transformer.register_forward_hook(lambda m, args, kwargs, out: used.append((kwargs, out[0])),
+                                                  with_kwargs=True)
+    policy.generate(["a red circle"], [gen(i) for i in range(2)])
+    hook.remove()
+    sigmas, conditions = policy.sigmas(), policy.conditions()
+    assert len(used) == len(sigmas) == 5 and (sigmas[:-1] > sigmas[1:]).all()
+    for sigma, (kwargs, output) in zip(sigmas, used):
+        z = kwargs["hidden_states"][-2:]
+        with torch.no_grad():
+            v = policy.velocity(z, sigma.expand(2), conditions)
+        assert (v - policy.sign * output[-2:]).abs().max() < 1e-6 * max(1, output.abs().max())
+    assert policy.latents.shape == z.shape and policy.sign == 1
+
+
+@pytest.mark.parametrize("solver, tolerance", [("euler", 1e-6), ("dpm++", 1e-6)])
+def test_rollout_is_an_ode_solver_of_that_velocity(blank, solver, tolerance):
+    """Euler and second-order DPM-Solver++ for flows, written out, give the latents the pipeline gave."""
+    _, policy, _ = load("--solver", solver, "--steps", "6")
+    policy.generate(["a red circle on the left"], [gen(0)])
+    c, o, sigmas = policy.conditions(), policy.latents, [*policy.sigmas().double().tolist(), 0.0]
+    z = torch.randn(1, 4, 8, 8, generator=gen(0)).double()
+    x_before = h_before = None
+    for now, then in zip(sigmas[:-1], sigmas[1:]):
+        with torch.no_grad():
+            v = policy.velocity(z.float(), torch.tensor([now]), c).double()
+        x = z - now * v
+        if solver == "euler":
+            z = z + (then - now) * v
+            continue
+        level = [math.log(max(1 - s, 1e-300) / s) if s else math.inf for s in (now, then)]
+        h, D = level[1] - level[0], x
+        if x_before is not None and then > 0:
+            D = x + (x - x_before) * h / h_before / 2
+        z = (then / now * z - (1 - then) * math.expm1(-h) * D) if then else x
+        x_before, h_before = x, h
+    assert (z - o.double()).abs().max() < 1e-3 * o.abs().max() if solver == "dpm++" else (z - o).abs().max() < 1e-5
+
+
+def test_an_image_depends_on_its_own_noise_only(blank):
+    _, policy, _ = load("--steps", "4")
+    alone = policy.generate(["a red circle on the left"], [gen(1)])
+    latents = policy.latents
+    policy.generate(["a red circle on the left"], [gen(0), gen(1), gen(2)])
+    assert torch.allclose(policy.latents[1:2], latents, atol=1e-5)
+    assert alone.dtype == torch.uint8 and not torch.allclose(policy.latents[0], policy.latents[1])
+
+
+def test_a_prompt_is_encoded_once(blank, monkeypatch):
+    _, policy, _ = load("--steps", "2")
+    calls = []
+    policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        policy.generate(["a blue square on the right"], [gen(i) for i in range(4)])
+    assert len(calls) == 1
+
+
+def test_a_pipeline_that_is_no_flow_is_refused(blank):
+    from diffusers import DDIMScheduler
+    pipe = small_sd3()
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(vgrpo.UsageError, match="flow matching"):
+        vgrpo.Policy(pipe, SimpleNamespace(solver="euler", steps=2, guidance=0, resolution=0), torch.device("cpu"))
+
+
+# ---- LoRA and weight files
+
+
+def test_lora_changes_nothing_at_its_start_and_leaves_attn2_alone(blank):
+    z, t = torch.randn(2, 4, 8, 8, generator=gen(0)), torch.tensor([.3, .8])
+    outputs = []
+    for rank in ("0", "4"):
+        _, policy, trainable = load("--lora-rank", rank, "--steps", "2")
+        policy.generate(["a red circle on the left"], [gen(0)])
+        outputs.append(policy.velocity(z, t, policy.conditions()).detach())
+    assert torch.equal(*outputs)
+    assert all(re.search(r"blocks\.\d\.attn\..*lora_[AB]$", name) and p.dtype == torch.float32
+               for name, p in trainable.items())
+    frozen = {name for name, p in policy.transformer.named_parameters() if not p.requires_grad}
+    assert len(trainable) == 2 * (3 * 8 - 1) and not frozen & trainable.keys()
+
+
+def shift_lora(trainable):
+    with torch.no_grad():
+        for name, p in trainable.items():
+            p.add_(torch.randn(p.shape, generator=gen(name)) * .1)
+
+
+@pytest.mark.parametrize("alpha", ["4", "12"])
+def test_an_exported_lora_gives_diffusers_the_same_images(blank, tmp_path, alpha):
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusion3Pipeline
+    cfg, policy, trainable = load("--lora-rank", "4", "--lora-alpha", alpha, "--steps", "4")
+    before = policy.generate(["a red circle on the left"], [gen(0)])
+    shift_lora(trainable)
+    after = policy.generate(["a red circle on the left"], [gen(0)])
+    latents = policy.latents
+    vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
+    pipe = StableDiffusion3Pipeline.from_pretrained(blank / "tiny-sd3-v1", text_encoder_3=None, tokenizer_3=None)
+    pipe.load_lora_weights(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    fresh = pipe(prompt="a red circle on the left", num_inference_steps=4, guidance_scale=0, max_sequence_length=0,
+                 generator=[gen(0)], output_type="latent")[0]
+    assert (fresh - latents).abs().max() < 1e-5
+    assert not torch.equal(before, after)
+
+
+def test_a_full_export_is_a_transformer_that_diffusers_loads(blank, tmp_path):
+    from diffusers import SD3Transformer2DModel
+    cfg, policy, trainable = load("--lora-rank", "0")
+    shift_lora(trainable)
+    vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
+    fresh = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    for name, p in fresh.named_parameters():
+        assert torch.equal(p, trainable[name])
+
+
+def test_lora_flag_starts_from_an_earlier_stage(blank, tmp_path):
+    cfg, policy, trainable = load("--lora-rank", "4", "--lora-alpha", "12")
+    shift_lora(trainable)
+    vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
+    other, policy, again = load("--lora-rank", "4", "--lora-alpha", "6")
+    vgrpo.load_weights(tmp_path, again, other, "--lora")
+    for name in trainable:                         # the same product alpha / r * B A, whatever this run's alpha
+        assert torch.allclose(again[name], trainable[name] * (2 if name.endswith("lora_B") else 1))
+    with pytest.raises(vgrpo.UsageError, match="lora-rank"):
+        vgrpo.load_weights(tmp_path, load("--lora-rank", "3")[2], other, "--lora")
+
+
+# ---- the update
+
+
+def rollout(policy, cfg, iteration=1):
+    items = {i: item for i, item in enumerate(vgrpo.load_prompts(cfg)[0][:cfg.prompts_per_iteration])}
+    return vgrpo.collect(policy, items, cfg.group_size, cfg, cfg.seed, "noise", iteration)
+
+
+def gradients(policy, trainable, groups, A, cfg):
+    class Recorder:
+        def __init__(self):
+            self.grads = []
+
+        def step(self):
+            self.grads.append([p.grad.clone() for p in trainable.values()])
+
+        def zero_grad(self):
+            for p in trainable.values():
+                p.grad = None
+    optimizer, ema = Recorder(), SimpleNamespace(step=lambda params: None)
+    stats, _ = vgrpo.update(policy, list(trainable.values()), optimizer, ema, groups, A, cfg, 1)
+    return optimizer.grads, stats
+
+
+def test_the_first_step_without_an_old_pass_has_the_two_pass_gradient(blank):
+    cfg, policy, trainable = load(*SMALL, "--grad-norm", "0", "--clip", "0.01", "--kl", "0.3")
+    groups = rollout(policy, cfg)
+    A = torch.randn(4, 3, generator=gen(0))
+    (shortcut,), stats = gradients(policy, trainable, groups, A, cfg)
+    assert (stats["ratio"] == 1).all() and (stats["kl"] == 0).all() and torch.allclose(stats["loss"], -A.double())
+    total = 0.0
+    for group in groups:
+        with torch.no_grad():
+            L_old, x_old = vgrpo.estimate(policy, group, slice(0, 3), cfg, 1)
+        L, x = vgrpo.estimate(policy, group, slice(0, 3), cfg, 1)
+        rho = torch.exp(L_old - L)
+        bounded = torch.minimum(rho * A[group.index], rho.clamp(.99, 1.01) * A[group.index])
+        total = total - bounded.mean() / 4 + .3 * (x - x_old).square().flatten(1).mean() / 4
+    for mine, theirs in zip(shortcut, torch.autograd.grad(total, list(trainable.values()))):
+        assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_the_policy_gradient_is_that_of_the_surrogate(blank):
+    """At theta_old the gradient is sum_i A_i grad L_hat_i: no exponential, no clip left in it."""
+    cfg, policy, trainable = load(*SMALL, "--grad-norm", "0")
+    groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
+    (grads,), _ = gradients(policy, trainable, groups, A, cfg)
+    total = sum((vgrpo.estimate(policy, g, slice(0, 3), cfg, 1)[0] * A[g.index]).sum() for g in groups) / 12
+    for mine, theirs in zip(grads, torch.autograd.grad(total, list(trainable.values()))):
+        assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("micro", ["1", "2"])
+def test_gradients_do_not_depend_on_the_micro_batch(blank, micro):
+    A = torch.randn(4, 3, generator=gen(0))
+    results = []
+    for size in ("0", micro):
+        cfg, policy, trainable = load(*SMALL, "--grad-norm", "0", "--micro-batch", size)
+        results.append(gradients(policy, trainable, rollout(policy, cfg), A, cfg)[0][0])
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, atol=1e-5 * one.abs().max().item() + 1e-7)
+
+
+def test_later_steps_of_an_iteration_are_off_policy(blank):
+    """Two updates: whole groups each; the second's ratio and KL are against theta_old, not against themselves."""
+    cfg, policy, trainable = load(*SMALL, "--updates", "2", "--kl", "0.1", "--clip", "0.01")
+    groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
+    old = [vgrpo.estimate(policy, group, slice(0, 3), cfg, 1) for group in groups]
+    stats, _ = vgrpo.update(policy, list(trainable.values()), optimizer, SimpleNamespace(step=lambda p: None), groups, A,
+                            cfg, 1)
+    assert (stats["ratio"][:2] == 1).all() and (stats["kl"][:2] == 0).all()
+    assert (stats["ratio"][2:] != 1).any() and (stats["kl"][2:] > 0).all()
+    expected = torch.exp(torch.stack([L for L, _ in old[2:]]).detach() - stats["surrogate"][2:])
+    assert torch.allclose(stats["ratio"][2:], expected.double(), atol=1e-5)
+
+
+def test_guided_and_bf16_runs_step(blank, tmp_path):
+    lines = run(tmp_path / "a", "--guidance", "4", "--lora-rank", "2", "--iterations", "1")
+    assert lines[1]["ratio_mean"] == 1 and lines[1]["grad_norm"] > 0
+    lines = run(tmp_path / "b", "--dtype", "bf16", "--checkpointing", "--lora-rank", "2", "--iterations",
+                "1")
+    assert math.isfinite(lines[1]["grad_norm"]) and lines[1]["grad_norm"] > 0
+
+
+# ---- runs
+
+
+def test_run_folder_and_metrics(blank, tmp_path):
+    out = tmp_path / "run"
+    lines = run(out, "--updates", "2", "--eval-every", "1", "--lora-rank", "4")
+    assert [line["iteration"] for line in lines] == [0, 1, 1, 2, 2]
+    assert {"iteration", "eval", "eval/shapes", "eval/shapes-strict"} == lines[0].keys()
+    names = set(re.search(r"per iteration: `([^`]*)`", (HERE / "README.md").read_text())[1].split(", "))
+    raw = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
+    assert set(raw) == names - {"reward/<name>"} | {"reward/shapes"}
+    assert (raw["nfe_rollout"], raw["nfe_old"], raw["nfe_train"]) == (3, 1, 2)
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    folder = out / "checkpoints" / "000002"
+    assert {p.name for p in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "ema", "exp_avg", "exp_avg_sq"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["flags"]["lora_rank"] == 4 and config["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2", "--kl", "0.1")])
+def test_a_resumed_run_equals_one_that_never_stopped(blank, tmp_path, flags):
+    whole = run(tmp_path / "a", "--iterations", "4", "--eval-every", "2", *flags)
+    run(tmp_path / "b", "--iterations", "3", "--eval-every", "2", *flags)
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:      # a crash: lines beyond the last checkpoint,
+        file.write('{"iteration": 4, "reward": 9}\n{"iterat')      # and half of one
+    (tmp_path / "b" / "checkpoints" / "partial").mkdir()           # and a checkpoint half written
+    vgrpo.main(["--resume", str(tmp_path / "b"), "--iterations", "4"])
+    resumed = metrics(tmp_path / "b")
+    assert [line for line in resumed if line["iteration"] != 3 or "reward" in line] == whole
+    for name in ("", "ema", "exp_avg", "exp_avg_sq"):
+        a, b = (sorted((tmp_path / run / "checkpoints" / "000004" / name).rglob("*.safetensors")) for run in "ab")
+        assert a and all(torch.equal(one[k], other[k]) for p, q in zip(a, b)
+                         for one, other in [(load_file(p), load_file(q))] for k in one.keys() | other.keys())
+
+
+def test_resume_before_the_first_checkpoint_starts_over(blank, tmp_path):
+    whole = run(tmp_path / "a")
+    assert run(tmp_path / "b", "--resume") == whole
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(blank, tmp_path):
+    first, again, other = run(tmp_path / "a"), run(tmp_path / "b"), run(tmp_path / "c", "--seed", "1")
+    assert first == again and first[1]["grad_norm"] != other[1]["grad_norm"]
+    assert first[0] == other[0]                                    # the evaluation's noise is the same in every run
+
+
+def test_prompts_repeat_only_after_all_have_been_used():
+    cfg = SimpleNamespace(prompts_per_iteration=4, seed=3)
+    items = [{"prompt": str(i)} for i in range(10)]
+    order = [vgrpo.pick(items, cfg, k, i)["prompt"] for k in range(1, 6) for i in range(4)]
+    assert len(set(order[:10])) == 10 and len(set(order[10:])) == 10 and order[:10] != order[10:]
+
+
+def test_layout_gives_an_update_the_same_groups_on_any_number_of_ranks():
+    for ranks in (1, 2, 4):
+        parts = [vgrpo.layout(16, 2, rank, ranks) for rank in range(ranks)]
+        for update in range(2):
+            size = 8 // ranks
+            assert sorted(sum((part[update * size:(update + 1) * size] for part in parts), [])) \
+                == list(range(8 * update, 8 * update + 8))
+    with pytest.raises(vgrpo.UsageError, match="10: .* multiple of 4, such as 8 or 12"):
+        vgrpo.layout(10, 2, 0, 2)
+
+
+def command(*args, ranks=0, **env):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else \
+        [sys.executable]
+    return subprocess.Popen([*start, str(HERE / "vgrpo.py"), *map(str, args)], env={**os.environ, **env},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--lora-rank", "4"), ("--micro-batch", "1"), ("--updates", "1")])
+def test_two_ranks_give_the_numbers_of_one(blank, tmp_path, flags):
+    flags = [*SMALL, "--updates", "2", "--eval-every", "1", *flags]
+    process = command(*flags, "--out", tmp_path / "two", ranks=2, OMP_NUM_THREADS="1")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+    one = run(tmp_path / "one", *flags)
+    close(one, metrics(tmp_path / "two"), 1e-4)
+    vgrpo.main(["--resume", str(tmp_path / "two"), "--iterations", "3"])     # and on other ranks again
+    vgrpo.main(["--resume", str(tmp_path / "one"), "--iterations", "3"])
+    close(metrics(tmp_path / "one"), metrics(tmp_path / "two"), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(blank, tmp_path, number):
+    process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
+        time.sleep(.1)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    saved = [int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == [max(line["iteration"] for line in metrics(tmp_path / "run"))]
+
+
+# ---- config and bad input
+
+
+def test_config_help_and_recipes():
+    text = subprocess.run([sys.executable, HERE / "vgrpo.py", "--help"], capture_output=True, text=True).stdout
+    source = (HERE / "vgrpo.py").read_text()
+    for field in fields(vgrpo.Config):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.name == "recipe" or re.search(rf"cfg\.{field.name}\b", source)
+    cfg = vgrpo.parse_config(["--model", "sd3.5-medium", "--lr", "1e-5"])
+    assert (cfg.recipe, cfg.lr, cfg.steps, cfg.group_size, cfg.prompts_per_iteration) == ("sd3.5-s1", 1e-5, 40, 24, 48)
+    assert vgrpo.parse_config(["--model", "flux.1-dev"]).guidance == 3.5
+    assert vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", "sd3.5-s5"]).kl == 0.3
+    assert all(vgrpo.Config(**recipe).antithetic for recipe in vgrpo.RECIPES.values())
+
+
+def test_booleans():
+    assert vgrpo.parse_config([]).antithetic and vgrpo.parse_config(["--antithetic"]).antithetic
+    assert not vgrpo.parse_config(["--no-antithetic"]).antithetic and not vgrpo.parse_config([]).checkpointing
+
+
+BAD = [(["--model", "nobody/nothing", "--recipe", "tiny"], "--model nobody/nothing"), (["--reward", "beauty"], "beauty"),
+       (["--solver", "heun"], "--solver"), (["--recipe", "x"], "--recipe"), (["--prompts", "MISSING.txt"], "MISSING.txt"),
+       (["--prompts", "EMPTY.txt"], "empty"), (["--prompts", "BINARY.txt"], "BINARY.txt"),
+       (["--prompts", "BAD.jsonl"], "line 2"), (["--prompts-per-iteration", "5", "--updates", "2"], "4 or 6"),
+       (["--group-size", "1"], "--group-size"), (["--lr", "-1"], "--lr"), (["--clip", "nan"], "--clip"),
+       (["--ema", "1"], "--ema"), (["--resolution", "100"], "112"), (["--steps", "many"], "--steps"),
+       (["--iteration", "3"], "--iteration"), (["--resume"], "--resume"), (["--lora", "x"], "--lora-rank")]
+
+
+@pytest.mark.parametrize("flags, names", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_line_that_names_it(blank, tmp_path, monkeypatch, capsys, flags, names):
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY.txt").write_text("\n\n")
+    Path("BINARY.txt").write_bytes(bytes(range(256)))
+    Path("BAD.jsonl").write_text('{"prompt": "a red circle on the left"}\n{"promt": "x"}\n')
+    with pytest.raises(SystemExit) as end:
+        vgrpo.main(flags)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert end.value.code == 2 and len(errors) == 1 and names in errors[0], errors
+
+
+def test_a_checkpoint_of_another_model_is_refused(blank, tmp_path, capsys):
+    run(tmp_path / "a", "--lora-rank", "4", "--iterations", "1")
+    with pytest.raises(SystemExit) as end:
+        vgrpo.main(["--resume", str(tmp_path / "a"), "--lora-rank", "2"])
+    assert end.value.code == 2 and "--lora-rank" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step(blank, tmp_path, monkeypatch, capsys):
+    surrogate = vgrpo.surrogate
+    monkeypatch.setattr(vgrpo, "surrogate", lambda *a: (surrogate(*a)[0] * math.nan, None))
+    with pytest.raises(SystemExit) as end:
+        vgrpo.main([*SMALL, "--out", str(tmp_path / "run")])
+    assert end.value.code == 1 and "gradient" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoints/0*"))
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "a.txt").write_text("  one \n\ntwo\n")
+    assert vgrpo.read_prompts(str(tmp_path / "a.txt")) == [{"prompt": "one"}, {"prompt": "two"}]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one", "tag": "x"}\n\n')
+    assert vgrpo.read_prompts(str(tmp_path / "a.jsonl")) == [{"prompt": "one", "tag": "x"}]
+    (tmp_path / "b.txt").write_text("\n".join(f"prompt {i}" for i in range(200)))
+    train, held_out = vgrpo.load_prompts(SimpleNamespace(prompts=str(tmp_path / "b.txt")))
+    assert len(train) == 180 and len(held_out) == 20 and not {str(i) for i in train} & {str(i) for i in held_out}
+
+
+# ---- the tiny pipeline learns
+
+
+def test_drawn_shapes_are_read_back():
+    labels = torch.cartesian_prod(torch.arange(4), torch.arange(3), torch.arange(2))
+    images = vgrpo.draw_shapes(labels.repeat(20, 1), gen(0))
+    prompts = vgrpo.shape_prompts() * 20
+    images = (images * 255).round() / 255
+    assert rewards.shapes(images, prompts, None).mean() >= .97
+    assert rewards.shapes_strict(images, prompts, None).mean() >= .97
+    assert rewards.shapes(images.roll(1, 0), prompts, None).mean() < .9
+    assert rewards.shapes(torch.rand(8, 3, 32, 32, generator=gen(1)), prompts[:8], None).mean() < .4
+
+
+@pytest.mark.slow
+def test_a_short_run_learns(tmp_path):
+    """25 iterations from the pretrained tiny model: the held-out evaluation rises by at least 0.1."""
+    vgrpo.main(["--iterations", "25", "--eval-every", "25", "--out", str(tmp_path / "run")])
+    first, last = (line["eval/shapes"] for line in metrics(tmp_path / "run") if "eval" in line)
+    assert .5 < first < .8 and last > first + .1
+
+
+# ---- the rewards
+
+
+R = rewards
+REWARD_COLORS = "red orange yellow green blue purple pink brown black white".split()
+REWARD_WORDS = "a an cat dog photo of cube sphere the fish running person object".split() + REWARD_COLORS
+REWARD_WORDS += [colour + "-colored" for colour in REWARD_COLORS]
+
+def reward_noise(n, height=224, width=224, seed=0):
+    """n pictures of 8 bits: smooth noise, so that they differ."""
+    small = torch.rand(n, 3, 9, 7, generator=torch.Generator().manual_seed(seed))
+    return R.quantise(F.interpolate(small, (height, width), mode="bilinear"))
+
+def save_small_tokenizer(folder, size=64, pad="[PAD]"):
+    """Words -> ids 4...; start 1, end size - 1, as CLIP's largest id; unknown words share id 2."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = {word: 4 + i for i, word in enumerate(REWARD_WORDS)}
+    vocab = {pad: 0, "[S]": 1, "[U]": 2, **words, "[E]": size - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[U]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("[S]", 1), ("[E]", size - 1)]
+    tokenizer.post_processor = processors.TemplateProcessing("[S] $A [E]", special_tokens=ends)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token="[U]", bos_token="[S]",
+                            eos_token="[E]", model_max_length=77).save_pretrained(folder)
+
+def randomise_weights(model, seed=0, scale=0.3):
+    """Wide weights, so that wrong activations and layouts show."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        fresh = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.data = fresh * (parameter.shape[0] / parameter.numel()) ** 0.5
+        elif parameter.dim() == 1:
+            parameter.data += scale * fresh
+    return model.eval()
+
+def small_clip(act="quick_gelu", projection=32, seed=0):
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(seed)
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 hidden_act=act, projection_dim=projection)
+    config = CLIPConfig(text_config=tower | dict(vocab_size=64, eos_token_id=63, bos_token_id=1),
+                        vision_config=tower | dict(image_size=224, patch_size=56), projection_dim=projection)
+    return randomise_weights(CLIPModel(config), seed)
+
+@pytest.fixture(scope="session")
+def reward_hub(tmp_path_factory):
+    """One folder that mirrors the hub: OWNER/NAME lies in NAME."""
+    root = tmp_path_factory.mktemp("weights")
+    small_clip(projection=768, seed=1).save_pretrained(root / "clip-vit-large-patch14")
+    small_clip(act="gelu", seed=2).save_pretrained(root / "PickScore_v1")
+    for name in ("clip-vit-large-patch14", "CLIP-ViT-H-14-laion2B-s32B-b79K", "bert-base-uncased"):
+        save_small_tokenizer(root / name)
+    torch.manual_seed(0)
+    head = randomise_weights(R.linear_head(), 3)
+    (root / "ddpo-aesthetic-predictor").mkdir()
+    torch.save({"layers." + key: value for key, value in head.state_dict().items()},
+               root / "ddpo-aesthetic-predictor" / "aesthetic-model.pth")
+    return root
+
+def standardised_pixels(images):
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+def direct_cosine(model, folder, images, prompts):
+    """One image and one prompt at a time, straight through the model."""
+    from transformers import AutoTokenizer
+    tokenizer, cosines = AutoTokenizer.from_pretrained(folder), []
+    for image, prompt in zip(images, prompts):
+        tokens = tokenizer([prompt], return_tensors="pt")
+        with torch.no_grad():
+            out = model(pixel_values=standardised_pixels(image[None]), **tokens)
+        cosines.append((F.normalize(out.image_embeds) * F.normalize(out.text_embeds)).sum())
+    return torch.stack(cosines)
+
+REWARD_PROMPTS = ["a red cube", "a photo of the blue cat running", "a red cube", "dog"]
+
+def test_reward_clip_scores_equal_a_direct_computation(reward_hub):
+    images, metadata = reward_noise(4), [{}] * 4
+    rewards = R.Rewards(f"pickscore@{reward_hub},clipscore@{reward_hub}=2,aesthetic@{reward_hub}=0")
+    scores = rewards(images, REWARD_PROMPTS, metadata)
+    assert rewards.weights == {"pickscore": 1.0, "clipscore": 2.0, "aesthetic": 0.0} == dict(rewards.weights)
+    assert list(scores) == ["pickscore", "clipscore", "aesthetic"]
+    pick, clip = small_clip(act="gelu", seed=2), small_clip(projection=768, seed=1)
+    cosine = direct_cosine(pick, reward_hub / "CLIP-ViT-H-14-laion2B-s32B-b79K", images, REWARD_PROMPTS)
+    torch.testing.assert_close(scores["pickscore"], cosine * pick.logit_scale.exp() / 26, atol=1e-5, rtol=0)
+    cosine = direct_cosine(clip, reward_hub / "clip-vit-large-patch14", images, REWARD_PROMPTS)
+    torch.testing.assert_close(scores["clipscore"], cosine, atol=1e-5, rtol=0)
+    state = torch.load(reward_hub / "ddpo-aesthetic-predictor" / "aesthetic-model.pth")
+    with torch.no_grad():
+        feature = F.normalize(clip.get_image_features(pixel_values=standardised_pixels(images)).pooler_output)
+    for i in (0, 2, 4, 6, 7):
+        feature = feature @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
+    torch.testing.assert_close(scores["aesthetic"], feature[:, 0], atol=1e-4, rtol=0)
+    for value in scores.values():
+        assert value.dtype == torch.float32 and value.device.type == "cpu" and value.std() > 1e-3
+        (torch.ones(4, requires_grad=True) * value).sum().backward()   # not an inference tensor
+
+def test_reward_64_images_cost_one_image_pass_and_one_text_pass_per_prompt(reward_hub, monkeypatch):
+    from transformers import CLIPModel
+    seen, loads = Counter(), Counter()
+    image, text, load = CLIPModel.get_image_features, CLIPModel.get_text_features, R.load
+    def count(name, call):
+        def counted(self, *args, **inputs):
+            seen[name] += len(args[0] if args else inputs["input_ids"])
+            seen[name + " passes"] += 1
+            return call(self, *args, **inputs)
+        return counted
+    monkeypatch.setattr(CLIPModel, "get_image_features", count("image", image))
+    monkeypatch.setattr(CLIPModel, "get_text_features", count("text", text))
+    monkeypatch.setattr(R, "load", lambda kind, repo, at: loads.update([kind, repo]) or load(kind, repo, at))
+    rewards = R.Rewards(f"clipscore@{reward_hub},aesthetic@{reward_hub}")
+    R.Rewards(f"aesthetic@{reward_hub},clipscore@{reward_hub}", share=rewards)     # --eval-reward
+    prompts = [p for p in ("a red cube", "a blue cat", "dog", "the fish") for _ in range(16)]
+    rewards(reward_noise(64, 32, 32), prompts, [{}] * 64)
+    assert seen == {"image": 64, "image passes": 64 // rewards.chunk, "text": 4, "text passes": 4}
+    assert loads == {"CLIPModel": 1, "AutoTokenizer": 1, "openai/clip-vit-large-patch14": 2}
+    rewards(reward_noise(64, 32, 32, seed=1), prompts, [{}] * 64)      # new pictures, not the old ones
+    assert seen["image"] == 128 and seen["text"] == 4
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_reward_scores_do_not_depend_on_the_chunk(reward_hub, monkeypatch, size):
+    images, prompts = reward_noise(7, 240, 300), (REWARD_PROMPTS * 2)[:7]
+    spec = f"pickscore@{reward_hub},clipscore@{reward_hub},aesthetic@{reward_hub},incompressibility"
+    whole = R.Rewards(spec)(images, prompts, [{}] * 7)
+    monkeypatch.setattr(R.Rewards, "chunk", size)
+    parts = R.Rewards(spec)(images, prompts, [{}] * 7)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], atol=1e-5, rtol=1e-6)
+
+@pytest.mark.parametrize("height, width", [(224, 224), (300, 451), (451, 300), (96, 128), (512, 512)])
+def test_reward_clip_pixels_against_pil(height, width):
+    rough = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    image = R.quantise(0.3 + 0.4 * rough)       # nothing overshoots 0 or 1
+    picture = Image.fromarray((image[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    scale = 224 / min(height, width)
+    picture = picture.resize((int(width * scale + 1e-9), int(height * scale + 1e-9)), Image.BICUBIC)
+    left, top = (picture.width - 224) // 2, (picture.height - 224) // 2
+    crop = np.asarray(picture.crop((left, top, left + 224, top + 224))).astype(np.float32) / 255
+    want = standardised_pixels(torch.from_numpy(crop).permute(2, 0, 1))
+    got = R.clip_pixels(image)[0]
+    assert got.shape == (3, 224, 224) and (got - want).abs().mean() * 0.27 * 255 < 0.3
+
+@pytest.mark.parametrize("height, width", [(224, 224), (300, 451), (451, 300), (96, 129)])
+def test_reward_hps_pixels_against_pil(height, width):
+    """Longest side to 224 on a black square, then the mean and the deviation: the padding is not zero."""
+    rough = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    image = R.quantise(0.3 + 0.4 * rough)       # nothing overshoots 0 or 1
+    picture = Image.fromarray((image[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    size = round(width * 224 / max(height, width)), round(height * 224 / max(height, width))
+    square = Image.new("RGB", (224, 224))
+    left, top = (224 - size[0]) // 2, (224 - size[1]) // 2
+    square.paste(picture.resize(size, Image.BICUBIC), (left, top))
+    want = standardised_pixels(torch.from_numpy(np.asarray(square).astype(np.float32) / 255).permute(2, 0, 1))
+    got = R.clip_pixels(image, pad=True)[0]
+    assert (got - want).abs().mean() * 0.27 * 255 < 0.3
+    empty = torch.ones(224, 224, dtype=torch.bool)
+    empty[top:top + size[1], left:left + size[0]] = False
+    assert torch.equal(got[:, empty], want[:, empty])
+
+# ---- HPSv2.1 and ImageReward: the published names and layouts
+SMALL_VIT_H = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+
+def to_open_clip(state):
+    """CLIPModel's weights the way open_clip saves them."""
+    old = {}
+    for key, value in state.items():
+        tower, key = ("visual.", key.removeprefix("vision_model.")) if key.startswith("vision") else ("", key)
+        key = key.removeprefix("text_model.")
+        key = key.replace("encoder.layers.", tower + "transformer.resblocks.")
+        for new, name in (("layer_norm", "ln_"), ("self_attn", "attn"), ("mlp.fc1", "mlp.c_fc"),
+                          ("mlp.fc2", "mlp.c_proj"), ("pre_layrnorm", "visual.ln_pre"),
+                          ("embeddings.class_embedding", "visual.class_embedding"),
+                          ("post_layernorm", "visual.ln_post"),
+                          ("embeddings.patch_embedding", "visual.conv1"),
+                          ("embeddings.position_embedding.weight", tower + "positional_embedding"),
+                          ("embeddings.token_embedding", "token_embedding"), ("final_ln_", "ln_final")):
+            key = key.replace(new, name)
+        key = key.replace("final_layer_norm", "ln_final").replace("final_ln_", "ln_final")
+        turned = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+        old[turned.get(key, key)] = value.T if key in turned else value
+    for key in [key for key in old if ".q_proj." in key]:
+        parts = [old.pop(key.replace("q_proj", letter + "_proj")) for letter in "qkv"]
+        old[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return old
+
+@pytest.fixture
+def hps_weights(tmp_path, monkeypatch):
+    """A small ViT-H-14 with everything in one folder -> (folder, the same model in transformers)."""
+    from transformers import CLIPConfig, CLIPModel
+    monkeypatch.setattr(R, "HPS_TEXT", R.HPS_TEXT | SMALL_VIT_H)
+    monkeypatch.setattr(R, "HPS_VISION", R.HPS_VISION | SMALL_VIT_H)
+    tower = SMALL_VIT_H | dict(hidden_act="gelu", projection_dim=1024)
+    config = CLIPConfig(text_config=tower | dict(eos_token_id=49407), projection_dim=1024,
+                        vision_config=tower | dict(patch_size=14))
+    model = randomise_weights(CLIPModel(config))
+    state = to_open_clip(model.state_dict())
+    assert {"visual.proj", "text_projection", "ln_final.weight", "visual.ln_pre.bias", "logit_scale",
+            "transformer.resblocks.1.attn.in_proj_weight", "visual.transformer.resblocks.0.mlp.c_fc.bias",
+            "visual.positional_embedding", "positional_embedding", "token_embedding.weight"} <= set(state)
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "HPS_v2.1_compressed.pt")
+    save_small_tokenizer(tmp_path, 49408)
+    return tmp_path, model
+
+def test_reward_hps_equals_a_direct_computation(hps_weights):
+    folder, model = hps_weights
+    images = reward_noise(4)
+    scores = R.Rewards(f"hpsv2@{folder}")(images, REWARD_PROMPTS, [{}] * 4)["hpsv2"]
+    want = direct_cosine(model, folder, images, REWARD_PROMPTS)
+    torch.testing.assert_close(scores, want, atol=1e-5, rtol=0)
+    model.config.vision_config.hidden_act = "quick_gelu"        # what a wrong activation would give
+    for layer in model.vision_model.encoder.layers:
+        layer.mlp.activation_fn = torch.nn.SiLU()
+    assert (direct_cosine(model, folder, images, REWARD_PROMPTS) - want).abs().max() > 1e-4
+    wide = reward_noise(2, 100, 224)
+    square = torch.zeros(2, 3, 224, 224)
+    square[:, :, 62:162] = wide
+    torch.testing.assert_close(R.Rewards(f"hpsv2@{folder}")(wide, REWARD_PROMPTS[:2], [{}] * 2)["hpsv2"],
+                               R.Rewards(f"hpsv2@{folder}")(square, REWARD_PROMPTS[:2], [{}] * 2)["hpsv2"])
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_reward_a_wrong_key_is_named(hps_weights, change):
+    state = torch.load(hps_weights[0] / "HPS_v2.1_compressed.pt")
+    if change == "missing":
+        del state["state_dict"]["visual.ln_pre.weight"]
+    elif change == "unexpected":
+        state["state_dict"]["visual.extra.weight"] = torch.zeros(1)
+    else:
+        state["state_dict"]["visual.conv1.weight"] = torch.zeros(32, 3, 7, 7)
+    torch.save(state, hps_weights[0] / "HPS_v2.1_compressed.pt")
+    name = {"missing": "pre_layrnorm.weight", "unexpected": "extra.weight", "shape": "patch_embedding"}
+    with pytest.raises(R.UsageError, match=f"--reward hpsv2.*{name[change]}") as error:
+        R.Rewards(f"hpsv2@{hps_weights[0]}")
+    assert "\n" not in str(error.value)
+
+def test_reward_open_clip_mapping_inverts(hps_weights):
+    state = torch.load(hps_weights[0] / "HPS_v2.1_compressed.pt")["state_dict"]
+    assert state["visual.proj"].shape == (32, 1024) == state["text_projection"].shape
+    back = R.Clip("xswu/HPSv2", hps_weights[0]).model.state_dict()
+    assert set(back) == set(hps_weights[1].state_dict())
+    assert all(torch.equal(back[key], value) for key, value in hps_weights[1].state_dict().items())
+
+def test_reward_hps_text(hps_weights):
+    """The tokenizer is shown plain text; other CLIPs' are shown what the user wrote."""
+    shown, clip = [], R.Clip("xswu/HPSv2", hps_weights[0])
+    tokenizer = clip.tokenizer
+    clip.tokenizer = lambda text, **options: shown.append(text) or tokenizer(text, **options)
+    clip.text(" a &amp;quot;ｒｅｄ&quot;　‘cube’ “x” ！")
+    clip.hps = False
+    clip.text(" “x” ")
+    assert shown == ["a \"red\" 'cube' \"x\" !", " “x” "]
+
+def to_blip(model):
+    """The parts of R.ImageReward the way ImageReward.pt saves them, with the tensors that it has too many."""
+    old = {"blip.vision_proj.weight": torch.zeros(2), "blip.text_proj.bias": torch.zeros(2),
+           "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
+    old |= {"blip.text_encoder." + key: value for key, value in model.text.state_dict().items()}
+    old |= {"mlp.layers." + key: value for key, value in model.head.state_dict().items()}
+    for key, value in model.vision.state_dict().items():
+        for new, name in (("embeddings.class_embedding", "cls_token"), ("encoder.layers", "blocks"),
+                          ("embeddings.position_embedding", "pos_embed"), ("post_layernorm", "norm"),
+                          ("embeddings.patch_embedding", "patch_embed.proj"), ("layer_norm", "norm"),
+                          ("self_attn.projection", "attn.proj"), ("self_attn", "attn")):
+            key = key.replace(new, name)
+        old["blip.visual_encoder." + key] = value
+    return old
+
+def test_reward_imagereward_equals_a_direct_computation(tmp_path, monkeypatch):
+    sizes = dict(num_hidden_layers=2, intermediate_size=64)
+    monkeypatch.setattr(R, "BLIP_TEXT", R.BLIP_TEXT | sizes | dict(vocab_size=64, encoder_hidden_size=32))
+    monkeypatch.setattr(R, "BLIP_VISION", R.BLIP_VISION | sizes | dict(hidden_size=32, num_attention_heads=2))
+    save_small_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(R, "load_renamed", lambda *args: None)
+        model = randomise_weights(R.ImageReward(tmp_path))
+    torch.save(to_blip(model), tmp_path / "ImageReward.pt")
+    images = reward_noise(4)
+    scores = R.Rewards(f"imagereward@{tmp_path}")(images, REWARD_PROMPTS, [{}] * 4)["imagereward"]
+    for image, prompt, score in zip(images, REWARD_PROMPTS, scores):
+        ids = [1] + [4 + REWARD_WORDS.index(word) for word in prompt.split()] + [63]
+        with torch.no_grad():
+            seen = model.vision(standardised_pixels(image[None])).last_hidden_state
+            state = model.text(torch.tensor([ids]), encoder_hidden_states=seen).last_hidden_state[0, 0]
+            for i in (0, 2, 4, 6, 7):
+                state = state @ model.head[i].weight.T + model.head[i].bias
+        assert abs((state.item() - 0.16717362830052426) / 1.0333394966054072 - score.item()) < 1e-4
+    assert scores.std() > 1e-3 and model.text.config.hidden_act == "gelu" == model.vision.config.hidden_act
+    broken = to_blip(model)
+    del broken["blip.visual_encoder.blocks.1.attn.qkv.weight"]
+    torch.save(broken, tmp_path / "ImageReward.pt")
+    with pytest.raises(R.UsageError, match="vision.encoder.layers.1.self_attn.qkv.weight"):
+        R.Rewards(f"imagereward@{tmp_path}")
+
+def test_reward_the_published_sizes(monkeypatch):
+    """Counted without memory: ViT-H-14 and ImageReward's BLIP as the papers give them."""
+    from transformers import CLIPConfig, CLIPModel
+    monkeypatch.setattr(R, "load_renamed", lambda *args: None)
+    monkeypatch.setattr(R, "load", lambda *args: None)
+    with torch.device("meta"):
+        hps = CLIPModel(CLIPConfig(text_config=R.HPS_TEXT, vision_config=R.HPS_VISION, projection_dim=1024))
+        blip = R.ImageReward(None)
+    def millions(model):
+        return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert round(millions(hps)) == 986 and round(millions(blip)) == 446
+    text, vision = blip.text.config, blip.vision.config
+    assert (text.vocab_size, text.num_attention_heads, text.layer_norm_eps) == (30524, 12, 1e-12)
+    assert (vision.image_size, vision.patch_size, vision.num_attention_heads) == (224, 16, 16)
+    assert vision.layer_norm_eps == 1e-6 and text.num_hidden_layers == 12 and vision.num_hidden_layers == 24
+    for config in (hps.config.text_config, hps.config.vision_config):
+        assert (config.hidden_act, config.num_attention_heads, config.layer_norm_eps) == ("gelu", 16, 1e-5)
+    assert hps.config.text_config.eos_token_id == 49407 and hps.config.text_config.vocab_size == 49408
+
+# ---- GenEval
+def found_box(x, y, size=20):
+    return (0.9, (x, y, x + size, y + size), None)
+
+def wanted(name, count=1, **more):
+    return {"class": name, "count": count, **more}
+
+def verdicts(found, include, exclude=(), colours=None):
+    """(score, strict, accuracy) of hand-made objects; colours: {class: [colour of each object]}."""
+    data = {"include": include, "exclude": list(exclude)}
+    def colours_of(name, group):
+        return (colours or {})[name][:len(group)]
+    rules = ("score", "strict", "accuracy")
+    return tuple(round(R.verdict(found, data, colours_of, rule), 4) for rule in rules)
+
+def test_reward_verdict_single_and_two_objects():
+    assert verdicts({"dog": [found_box(0, 0)]}, [wanted("dog")]) == (1, 1, 1)
+    assert verdicts({}, [wanted("dog")]) == (0, 0, 0)
+    assert verdicts({"dog": [found_box(0, 0), found_box(9, 9)]}, [wanted("dog")]) == (0, 0, 1)  # too many
+    assert verdicts({"dog": [found_box(0, 0)] * 5}, [wanted("dog")]) == (0, 0, 1)             # not below 0
+    both = [wanted("dog"), wanted("cat")]
+    assert verdicts({"dog": [found_box(0, 0)], "cat": [found_box(9, 9)]}, both) == (1, 1, 1)
+    assert verdicts({"cat": [found_box(9, 9)], "cow": [found_box(0, 0)]}, both) == (0.5, 0, 0)
+
+def test_reward_verdict_counting():
+    include, exclude = [wanted("dog", 3)], [wanted("dog", 4)]
+    for n, want in ((0, (0, 0, 0)), (2, (0.6667, 0, 0)), (3, (1, 1, 1)), (4, (0.6667, 0, 0)), (7, (0, 0, 0))):
+        assert verdicts({"dog": [found_box(0, 0)] * n}, include, exclude) == want
+    assert verdicts({"dog": [found_box(0, 0)] * 4}, include) == (0.6667, 0, 1)  # "accuracy" needs exclude
+
+def test_reward_verdict_colours():
+    dogs = {"dog": [found_box(0, 0), found_box(50, 0)]}
+    include = [wanted("dog", 2, color="red")]
+    assert verdicts(dogs, include, colours={"dog": ["red", "red"]}) == (1, 1, 1)
+    assert verdicts(dogs, include, colours={"dog": ["red", "blue"]}) == (0.75, 0, 0)
+    assert verdicts(dogs, include, colours={"dog": ["blue", "blue"]}) == (0.5, 0, 0)
+    three = {"dog": dogs["dog"] + [found_box(90, 0)]}
+    assert verdicts(three, include, colours={"dog": ["red", "red", "blue"]}) == (0.25, 0, 1)   # (1/2 + 0) / 2
+    assert verdicts({"dog": dogs["dog"][:1]}, include, colours={"dog": ["red"]}) == (0.25, 0, 0)
+    pair = [wanted("dog", color="red"), wanted("cat", color="blue")]        # color_attr
+    found = {"dog": [found_box(0, 0)], "cat": [found_box(50, 0)]}
+    assert verdicts(found, pair, colours={"dog": ["red"], "cat": ["blue"]}) == (1, 1, 1)
+    assert verdicts(found, pair, colours={"dog": ["blue"], "cat": ["red"]}) == (0.5, 0, 0)     # swapped
+
+def test_reward_verdict_positions():
+    include = [wanted("cat"), wanted("dog", position=["right of", 0])]
+    for x, y, want in ((200, 100, (1, 1, 1)), (0, 100, (0.6667, 0, 0)), (100, 200, (0.6667, 0, 0)),
+                       (103, 100, (0.6667, 0, 0))):        # left; below; a shift of 3 < (20 + 20) / 10
+        assert verdicts({"cat": [found_box(100, 100)], "dog": [found_box(x, y)]}, include) == want
+    assert verdicts({"dog": [found_box(200, 100)]}, include) == (0.3333, 0, 0)       # nothing to be right of
+    assert verdicts({"cat": [found_box(100, 100)]}, include) == (0.3333, 0, 0)
+    two = {"cat": [found_box(100, 100)], "dog": [found_box(200, 100), found_box(0, 0)]}
+    assert verdicts(two, include) == (0.3333, 0, 1)       # "accuracy" looks at the best dog only
+    dogs = [wanted("cat"), wanted("dog", 2, position=["right of", 0])]      # each of them must be there
+    assert verdicts(two, dogs) == (0.6667, 0, 0)
+    red = [wanted("cat", color="red"), wanted("dog", position=["right of", 0])]
+    right = {"cat": [found_box(100, 100)], "dog": [found_box(200, 100)]}
+    assert verdicts(right, red, colours={"cat": ["blue"]}) == (0.5, 0, 0)       # (1 + 0 + 1 + 0) / 4
+
+def test_reward_relations():
+    assert R.relations((0, 0, 20, 20), (100, 0, 120, 20)) == {"left of"}
+    assert R.relations((100, 0, 120, 20), (0, 0, 20, 20)) == {"right of"}
+    assert R.relations((0, 0, 20, 20), (0, 100, 20, 120)) == {"above"}
+    assert R.relations((100, 100, 120, 120), (0, 0, 20, 20)) == {"right of", "below"}
+    assert R.relations((100, 49, 120, 69), (0, 0, 20, 20)) == {"right of"}     # below by (49 - 4) / 111 < .5
+    assert R.relations((3, 3, 23, 23), (0, 0, 20, 20)) == set() == R.relations((0, 0, 9, 9), (0, 0, 9, 9))
+
+def fake_detector(classes, masks, sizes):
+    """What find_objects uses of a Mask2Former, with these answers."""
+    def net(pixels, output_hidden_states):
+        sizes.append(tuple(pixels.shape))
+        return SimpleNamespace(masks_queries_logits=[None, masks],
+                               transformer_decoder_intermediate_states=[None, classes.transpose(0, 1)])
+    net.class_predictor = lambda queries: queries
+    return net
+
+def test_reward_find_objects():
+    """Masks of known place and strength, at a quarter of an input of 800 x 1072, padded to 800 x 1088."""
+    image = reward_noise(1, 300, 402)[0]
+    masks, classes = torch.full((1, 5, 200, 272), -4.0), torch.full((1, 5, 81), -9.0)
+    classes[..., 80] = 3.0
+    def put(query, label, probability, rows, columns, logit):
+        classes[0, query] = math.log((1 - probability) / 80)
+        classes[0, query, label] = math.log(probability)
+        masks[0, query, slice(*rows), slice(*columns)] = logit
+    put(0, 16, 0.95, (50, 100), (40, 80), 4.0)        # dog, 0.95 * sigmoid(4)
+    put(1, 16, 0.97, (0, 30), (0, 30), 4.0)
+    put(2, 16, 0.40, (0, 30), (0, 30), 0.5)           # 0.4 * sigmoid(.5) < 0.3
+    put(3, 64, 0.50, (100, 200), (200, 272), 4.0)     # the right end of the mask is padding
+    put(4, 0, 0.99, (0, 0), (0, 0), 4.0)              # an empty mask
+    sizes = []
+    net = fake_detector(classes, masks, sizes)
+    found = R.find_objects(net, image, 0.3)
+    assert sizes == [(1, 3, 800, 1088)] and set(found) == {"dog", "computer mouse"}
+    (first, first_box, _), (second, second_box, mask) = found["dog"]
+    sigmoid = 1 / (1 + math.exp(-4))
+    assert 0.97 * 0.9 < first < 0.97 * sigmoid and 0.95 * 0.9 < second < 0.95 * sigmoid and first > second
+    want = np.array([40, 50, 80, 100]) * 4 * 300 / 800
+    assert np.abs(np.array(second_box) - want).max() <= 1
+    assert np.abs(np.array(first_box) - [0, 0, 45, 45]).max() <= 1
+    assert found["computer mouse"][0][1][2] == 402 and mask.shape == (300, 402)
+    x0, y0, x1, y1 = second_box
+    assert mask[y0:y1, x0:x1].sum() == mask.sum() and mask[y0].any() and mask[:, x1 - 1].any()
+    strict = R.find_objects(net, image, 0.9)            # as for counting: the mask's factor decides
+    assert [one[0] for one in strict.get("dog", [])] == [score for score in (first, second) if score > 0.9]
+    assert second < 0.94 and R.find_objects(net, image, 0.96) == {}
+    R.find_objects(net, reward_noise(1, 203, 260)[0], 0.9)       # 800 x 1024.63 -> 1025 -> 1056
+    assert sizes[-1] == (1, 3, 800, 1056)
+    many = torch.full((1, 40, 81), -9.0)
+    many[..., 3] = 9.0
+    full = fake_detector(many, torch.full((1, 40, 200, 200), 5.0), [])
+    full = R.find_objects(full, reward_noise(1)[0], 0.3)
+    assert {name: len(group) for name, group in full.items()} == {"motorcycle": 16}
+
+@pytest.fixture(scope="session")
+def geneval_folder(tmp_path_factory):
+    """A small Mask2Former, saved as the published one, that sees a person in each of 4 queries; a CLIP."""
+    from safetensors.torch import save_file
+    from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
+    root = tmp_path_factory.mktemp("geneval")
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=7,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+                               encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_labels=80,
+                               num_attention_heads=2, dim_feedforward=32, num_queries=4)
+    torch.manual_seed(0)
+    state = {"model." + key: value.clone() for key, value in Mask2FormerModel(config).state_dict().items()}
+    state |= {"class_predictor.weight": torch.randn(81, 32) * 0.3, "class_predictor.bias": torch.zeros(81),
+              "criterion.empty_weight": torch.ones(81)}
+    state["class_predictor.bias"][0] = 9.0
+    folder = root / "mask2former-swin-small-coco-instance"
+    folder.mkdir()
+    config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    small_clip(projection=32, seed=5).save_pretrained(root / "clip-vit-large-patch14")
+    save_small_tokenizer(root / "clip-vit-large-patch14")
+    return root
+
+def test_reward_geneval_runs_end_to_end(geneval_folder, monkeypatch):
+    images, data = reward_noise(2, 64, 96), {"tag": "colors", "include": [wanted("person", 1, color="red")]}
+    names = ("geneval", "geneval-strict", "geneval-accuracy")
+    rewards = R.Rewards(",".join(f"{name}@{geneval_folder}" for name in names))
+    seen, original = [], R.find_objects
+    monkeypatch.setattr(R, "find_objects", lambda *args: seen.append(original(*args)) or seen[-1])
+    rewards.check(["a red person"] * 2, [data] * 2)
+    scores = rewards(images, ["a red person"] * 2, [data] * 2)
+    assert len(rewards.models) == 2 and tuple(scores) == names
+    n = [len(found.get("person", [])) for found in seen]
+    assert n[:2] == n[2:4] == n[4:] and max(n) > 0, "the small detector should see someone"
+    assert all(0 <= score <= 1 for score in scores["geneval"].tolist())
+    net = rewards.models[R.load_detector, str(geneval_folder)]
+    whole = original(net, images[1], 0.3)
+    assert [one[1] for one in whole["person"]] == [one[1] for one in seen[1]["person"]]
+    assert net.class_predictor.bias[0] == 9 and net.class_predictor.weight.shape == (81, 32)
+    out = net(torch.rand(2, 3, 64, 64), output_hidden_states=True)
+    assert out.transformer_decoder_intermediate_states[-1].shape == (4, 2, 32)
+    assert out.masks_queries_logits[-1].shape == (2, 4, 16, 16)
+
+def test_reward_object_colours(geneval_folder):
+    """Straight from the model: each object cut out on grey, three sentences for each colour."""
+    from transformers import AutoTokenizer
+    run = R.Rewards(f"clipscore@{geneval_folder}")
+    (shared,) = run.models.values()
+    tokenizer, answers = AutoTokenizer.from_pretrained(geneval_folder / "clip-vit-large-patch14"), []
+    def text(sentences):
+        tokens = tokenizer(sentences, padding=True, return_tensors="pt")
+        return F.normalize(shared.model.get_text_features(**tokens).pooler_output).mean(0)
+    def picture(cut):
+        return F.normalize(shared.model.get_image_features(pixel_values=R.clip_pixels(cut)).pooler_output)[0]
+    with torch.no_grad():
+        texts = torch.stack([text([f"a photo of a {colour} person", f"a photo of a {colour}-colored person",
+                                   f"a photo of a {colour} object"]) for colour in REWARD_COLORS])
+    for image in torch.rand(16, 3, 64, 96, generator=torch.Generator().manual_seed(0)):
+        mask = torch.zeros(64, 96, dtype=torch.bool)
+        mask[10:50, 20:50] = True
+        mask[10:20, 20:30] = False
+        cut = torch.where(mask, image, torch.tensor(0x99 / 255))[None, :, 10:50, 20:50]
+        with torch.no_grad():
+            feature = picture(cut)
+        answers.append(REWARD_COLORS[(F.normalize(texts, dim=-1) @ feature).argmax()])
+        assert R.object_colors(shared, image, "person", [(0.9, (20, 10, 50, 50), mask)]) == answers[-1:]
+    assert len(set(answers)) > 1
+
+def test_reward_geneval_prompts():
+    drawn = R.geneval_prompts(600, 7)
+    assert drawn == R.geneval_prompts(600, 7) != R.geneval_prompts(600, 8)
+    assert drawn[:100] == R.geneval_prompts(100, 7) and len({data["prompt"] for data in drawn}) == 600
+    tags = Counter(data["tag"] for data in drawn[:60])
+    assert set(tags) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    assert min(tags.values()) >= 8
+    parts = [part for data in drawn for part in data["include"]]
+    assert {part["count"] for part in parts} == {1, 2, 3, 4}
+    assert {part.get("color") for part in parts} == {None, *REWARD_COLORS}
+    sides = {part["position"][0] for part in parts if "position" in part}
+    assert sides == {"left of", "right of", "above", "below"}
+    for data in drawn:
+        assert R.NEEDS["geneval"][1](data["prompt"], data)
+        for part in data["include"]:
+            assert part["class"] in data["prompt"] and part.get("color", "") in data["prompt"]
+        if data["tag"] == "counting":
+            (part,), (other,) = data["include"], data["exclude"]
+            assert 2 <= part["count"] <= 4 and other == wanted(part["class"], part["count"] + 1)
+            number, plural = ("two", "three", "four")[part["count"] - 2], part["class"] + "s"
+            odd = {"sheep": "sheep", "skis": "skis", "scissors": "scissors", "bus": "buses",
+                   "bench": "benches", "wine glass": "wine glasses", "couch": "couches",
+                   "sandwich": "sandwiches", "toothbrush": "toothbrushes"}
+            assert data["prompt"] == f"a photo of {number} {odd.get(part['class'], plural)}"
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", data["prompt"])
+        if data["tag"] == "position":
+            other, part = data["include"]
+            side = part["position"][0]
+            assert re.search(f"{part['class']} {side} an? {other['class']}$", data["prompt"])
+            assert part["position"][1] == 0
+    assert len(R.COCO) == len(set(R.COCO)) == 80 and R.CLIP_COLORS == REWARD_COLORS
+    assert R.COCO[64:67] == ["computer mouse", "tv remote", "computer keyboard"]
+
+# ---- OCR
+def flooded(mask):
+    """Connected components by brute force: the sets of pixels."""
+    left, regions = {tuple(pixel) for pixel in mask.nonzero().tolist()}, set()
+    while left:
+        region, edge = set(), [left.pop()]
+        while edge:
+            y, x = edge.pop()
+            region.add((y, x))
+            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            edge += near
+        regions.add(frozenset(region))
+    return regions
+
+@pytest.mark.parametrize("density", [0.1, 0.35, 0.6, 1.0, 0.0])
+def test_reward_components_against_brute_force(density):
+    mask = torch.rand(40, 57, generator=torch.Generator().manual_seed(1)) < density
+    if density == 0.35:     # a spiral, and two that touch at a corner
+        mask[:] = False
+        mask[2:38:4, 2:50] = True
+        mask[2:38, 50] = True
+        mask[0, 56] = mask[1, 55] = True
+    labels = R.components(mask)
+    regions = {frozenset(map(tuple, (labels == label).nonzero().tolist()))
+               for label in labels[labels > 0].unique()}
+    assert regions == flooded(mask) and torch.equal(labels > 0, mask)
+
+def test_reward_text_boxes():
+    probs = torch.zeros(96, 160)
+    probs[10:21, 100:141] = 0.9        # to the right, 4 pixels higher: after scaling by 2, 8 < 10
+    probs[14:25, 20:61] = 0.9
+    probs[60:71, 20:61] = 0.9          # the second line
+    probs[80:91, 20:61] = 0.55         # too faint
+    probs[80:82, 80:140] = 0.9         # too thin
+    probs[14:21, 61:100] = 0.25        # below the threshold: does not join them
+    boxes = R.text_boxes(probs, (192, 320))
+    grow = 40 * 10 * 1.5 / (2 * (40 + 10))
+    def grown(left, top):
+        return tuple(round(2 * edge) for edge in (top - grow, left - grow, top + 10 + grow, left + 40 + grow))
+    assert list(map(tuple, boxes)) == [grown(20, 14), grown(100, 10), grown(20, 60)]
+    probs[:] = 0.9
+    assert R.text_boxes(probs, (192, 320)) == [[0, 0, 192, 320]] and R.text_boxes(probs * 0, (192, 320)) == []
+
+def ocr_lines(image, probs, lines, seen):
+    """Ocr.text with a detector and a reader that answer this; `seen` gets what they were shown."""
+    def find(pixels):
+        seen.append(pixels)
+        return SimpleNamespace(last_hidden_state=probs)
+    def read(pixels):
+        seen.append(pixels)
+        return SimpleNamespace(last_hidden_state=lines)
+    return R.Ocr.text(SimpleNamespace(find=find, read=read, characters=["blank", "a", "b", "c", " "]), image)
+
+def test_reward_ctc():
+    def steps(text, high=0.9):
+        """'-' is a blank."""
+        probs = torch.full((1, len(text), 5), (1 - high) / 4)
+        for i, letter in enumerate(text):
+            probs[0, i, "-abc ".index(letter)] = high
+        return ocr_lines(torch.zeros(3, 64, 64), torch.ones(1, 1, 64, 64), probs, [])
+    assert steps("aab--bcc") == "abbc" and steps("a-a") == "aa" and steps("a b") == "a b"
+    assert steps("----") == ""
+    assert steps("abc", 0.45) == "" and steps("a") == "a" and steps("aba") == "aba"
+
+def brute_distance(a, b):
+    if not a or not b:
+        return len(a) + len(b)
+    return min(brute_distance(a[1:], b) + 1, brute_distance(a, b[1:]) + 1,
+               brute_distance(a[1:], b[1:]) + (a[0] != b[0]))
+
+def test_reward_ocr_score():
+    assert R.ocr_score("xxOPEN late", "open L") == 1
+    assert R.ocr_score("", "ab") == 0 and R.ocr_score("a", "ab") == 0.5
+    assert R.ocr_score("completely different and long", "ab") == 0
+    for read, target in (("kitten", "sitting"), ("opne", "open"), ("Fres Bre", "Fresh Br"), ("abc", "cab")):
+        squeezed = read.replace(" ", "").lower(), target.replace(" ", "").lower()
+        assert abs(R.ocr_score(read, target) - (1 - brute_distance(*squeezed) / len(squeezed[1]))) < 1e-9
+
+def test_reward_ocr_targets():
+    assert R.QUOTED.search('a sign "Fresh Bread" and "More"')[1] == "Fresh Bread"
+    for prompt in ("a sign", 'a "', 'a ""', 'a " "', "a “curly” sign"):
+        assert not R.QUOTED.search(prompt)
+    prompts = R.ocr_prompts(2000, 3)
+    assert prompts == R.ocr_prompts(2000, 3) != R.ocr_prompts(2000, 4)
+    assert len({data["prompt"] for data in prompts}) == 2000
+    assert all(R.QUOTED.search(data["prompt"]) and data["prompt"].count('"') == 2 for data in prompts)
+
+@pytest.fixture(scope="session")
+def ocr_folder(tmp_path_factory):
+    """PP-OCRv5's two models, small and random."""
+    from transformers import (HGNetV2Config, PPOCRV5ServerDetConfig, PPOCRV5ServerDetForObjectDetection,
+                              PPOCRV5ServerRecConfig, PPOCRV5ServerRecForTextRecognition)
+    root = tmp_path_factory.mktemp("ocr")
+    small = dict(stem_channels=[3, 4, 8], stage_in_channels=[8, 8, 8, 8], stage_mid_channels=[4, 4, 4, 4],
+                 stage_out_channels=[8, 8, 8, 8], stage_num_blocks=[1, 1, 1, 1],
+                 stage_numb_of_layers=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8],
+                 out_features=["stage1", "stage2", "stage3", "stage4"])
+    torch.manual_seed(0)
+    blocks = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]} | {
+        f"{way}_{ratio}": [list(k), [1, 1], [k[0] // 2, k[1] // 2]]
+        for way, turn in (("vertical_long_to_small_conv", (1, 0)), ("horizontal_small_to_long_conv", (0, 1)),
+                          ("symmetric_conv_long", (1, 1)))
+        for ratio, size in (("longratio", 7), ("midratio", 5), ("shortratio", 3))
+        for k in [tuple(size if axis else 1 for axis in turn)]}
+    det = PPOCRV5ServerDetConfig(
+        backbone_config=HGNetV2Config(**small), neck_out_channels=16, reduce_factor=2, kernel_list=[3, 2, 2],
+        intraclass_block_number=4, intraclass_block_config=blocks, scale_factor_list=[1, 2, 4, 8])
+    det = PPOCRV5ServerDetForObjectDetection(det)
+    rec = HGNetV2Config(**small, stem_strides=[2, 1, 1, 1, 1], stage_downsample=[True, True, True, True],
+                        stage_downsample_strides=[[2, 1], [1, 2], [2, 1], [2, 1]])
+    rec = PPOCRV5ServerRecForTextRecognition(PPOCRV5ServerRecConfig(
+        backbone_config=rec, hidden_size=16, num_attention_heads=2, head_out_channels=6))
+    for model, name in ((det, "PP-OCRv5_server_det_safetensors"), (rec, "PP-OCRv5_server_rec_safetensors")):
+        model.save_pretrained(root / name)
+    (root / "PP-OCRv5_server_rec_safetensors" / "preprocessor_config.json").write_text(
+        json.dumps({"character_list": ["blank", *"abcd", " "]}))
+    return root
+
+def test_reward_ocr_runs_end_to_end(ocr_folder):
+    rewards = R.Rewards(f"ocr@{ocr_folder}")
+    (model,) = rewards.models.values()
+    images, prompts = reward_noise(3, 96, 200), ['a sign "abcd"'] * 3
+    assert model.find(images[..., :192]).last_hidden_state.shape == (3, 1, 96, 192)
+    assert model.read(torch.zeros(1, 3, 48, 320)).last_hidden_state.shape == (1, 40, 6)
+    scores = rewards(images, prompts, [{}] * 3)["ocr"]
+    assert all(0 <= score <= 1 for score in scores.tolist())
+    with pytest.raises(R.UsageError, match="--reward ocr: prompt 'no text'.*double quotes"):
+        rewards.check(['a "b"', "no text"], [{}, {}])
+
+def test_reward_ocr_pixels():
+    """What the two networks are shown, for a picture with one line of text."""
+    image = torch.rand(3, 200, 1200, generator=torch.Generator().manual_seed(0))
+    probs, lines, shown = torch.zeros(1, 1, 160, 960), torch.zeros(1, 4, 5), []
+    probs[0, 0, 40:61, 80:401] = 0.95
+    lines[0, [0, 1, 2, 3], [1, 1, 0, 2]] = 1.0
+    assert ocr_lines(image, probs, lines, shown) == "ab"
+    small = F.interpolate(image[None], (160, 960), mode="bilinear")[0]
+    for channel, mean, std in ((2, 0.485, 0.229), (1, 0.456, 0.224), (0, 0.406, 0.225)):     # B first
+        torch.testing.assert_close(shown[0][0, 2 - channel], (small[channel] - mean) / std)
+    grow = 1.5 * 320 * 20 / (2 * 340)
+    left, top, right, bottom = (round(edge * 1.25) for edge in (80 - grow, 40 - grow, 400 + grow, 60 + grow))
+    width = math.ceil(48 * (right - left) / (bottom - top))
+    strip = F.interpolate(image[None, :, top:bottom, left:right], (48, width), mode="bilinear")
+    torch.testing.assert_close(shown[1], (strip - 0.5) / 0.5)
+    shown.clear()
+    assert ocr_lines(image, probs * 0, None, shown) == "" and len(shown) == 1
+    probs[:] = 0
+    probs[0, 0, 40:61, 80:121] = 0.95       # a short line: 48 high, its width padded to 320 on the right
+    ocr_lines(image, probs, lines, shown)
+    assert shown[2].shape == (1, 3, 48, 320) and shown[2][..., 200:].eq(0).all() and shown[2][..., 0].any()
+
+# ---- UnifiedReward
+@pytest.fixture
+def judge_server(monkeypatch):
+    """A server that answers by the caption; yields (its address, the requests it saw)."""
+    seen, fails = [], Counter()
+    answers = {"well": "Nice. Final Score: 4", "markdown": "## Review\n**Final Score:** **3.5**/5",
+               "ten": "Final Score: 10", "none": "I like it, 5 of 5",
+               "twice": "On the scale Final Score: 1 to 5 ... final score: 2\n",
+               "late": "Final Score: 5", "once": "Final Score: 3", "lines": "Final Score:\n\n4.5 out of 5"}
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+        def reply(self, body, status=200):
+            try:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+            except OSError:
+                pass        # the client did not wait
+        def do_GET(self):
+            self.reply(b'{"data": [{"id": "a-judge"}]}' if self.path == "/v1/models" else b"")
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, body))
+            word = re.search(r"CASE (\w+)", body["messages"][0]["content"][1]["text"])[1]
+            fails[word] += 1
+            if word == "late":
+                time.sleep(1.5)
+            if word == "error" or (word == "once" and fails[word] < 3):
+                return self.reply(b"overloaded", 503)
+            if word == "garbled":
+                return self.reply(b"{not json")
+            if word == "hangup":
+                return self.connection.close()
+            if word == "short":
+                self.send_response(200)
+                self.send_header("Content-Length", "99")
+                self.end_headers()
+                self.wfile.write(b"{")
+                return self.connection.close()
+            if word == "odd":
+                return self.reply(b'{"choices": []}')
+            return self.reply(json.dumps({"choices": [{"message": {"content": answers[word]}}]}).encode())
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 64)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setattr(R.call, "__defaults__", (None, 0.8))        # the timeout, 60 s otherwise
+    yield f"http://127.0.0.1:{server.server_port}", seen, fails
+    server.shutdown()
+    server.server_close()
+
+def test_reward_unified(judge_server):
+    url, seen, tries = judge_server
+    want = {"well": 0.8, "markdown": 0.7, "ten": None, "none": None, "twice": 0.4, "late": None, "once": 0.6,
+            "lines": 0.9, "error": None, "garbled": None, "hangup": None, "odd": None, "short": None}
+    images, rewards = reward_noise(len(want), 32, 48), R.Rewards(f"unified@{url}/")
+    scores = rewards(images, [f"CASE {word}" for word in want], [{}] * len(want))["unified"]
+    got = [None if score.isnan() else round(score.item(), 4) for score in scores]
+    assert dict(zip(want, got)) == want
+    once = ("well", "markdown", "ten", "twice", "lines")
+    assert tries == {word: 1 if word in once else 3 for word in want}
+    path, body = next((path, body) for path, body in seen if "CASE well" in str(body))
+    (message,), (picture, text) = body["messages"], body["messages"][0]["content"]
+    assert path == "/v1/chat/completions" and body["model"] == "a-judge" and body["temperature"] == 0
+    assert message["role"] == "user" and text["type"] == "text" and "Final Score:" in text["text"]
+    head, data = picture["image_url"]["url"].split(",")
+    assert picture["type"] == "image_url" and head == "data:image/jpeg;base64"
+    decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
+    assert decoded.shape == (32, 48, 3)
+    assert np.abs(decoded - (images[0] * 255).round().permute(1, 2, 0).numpy()).mean() < 8
+    assert rewards.weights == {"unified": 1} and R.Rewards(f"unified@{url}=0.5").weights == {"unified": 0.5}
+
+def test_reward_an_unreachable_judge_is_named_at_start_up():
+    for spec in ("unified@http://127.0.0.1:9", "unified"):
+        with pytest.raises(R.UsageError, match="--reward unified.*vllm serve") as error:
+            R.Rewards(spec)
+        assert "\n" not in str(error.value)
+
+# ---- JPEG, the user's own, errors
+def test_reward_jpeg():
+    rough = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([reward_noise(1, 64, 64)[0], rough])
+    scores = R.Rewards("incompressibility,compressibility")(images, ["", ""], [{}, {}])
+    for image, score in zip(images, scores["incompressibility"]):
+        file = io.BytesIO()
+        pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        Image.fromarray(pixels).save(file, "JPEG", quality=95)
+        assert abs(score.item() - len(file.getvalue()) / 1000) < 1e-6
+    assert torch.equal(scores["compressibility"], -scores["incompressibility"])
+    assert scores["incompressibility"][1] > 2 * scores["incompressibility"][0]
+
+OWN_REWARDS = '''
+import torch
+from dataclasses import dataclass
+def mean(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+def nan(images, prompts, metadata):
+    return torch.tensor([float("nan") if "dog" in prompt else 1 for prompt in prompts])
+def spoil(images, prompts, metadata):
+    return images.mul_(0).sum((1, 2, 3))
+def raises(images, prompts, metadata):
+    raise KeyError("no such\\nkey")
+def shape(images, prompts, metadata):
+    return torch.zeros(len(images), 1)
+def scalar(images, prompts, metadata):
+    return torch.tensor(1.0)
+def integer(images, prompts, metadata):
+    return torch.zeros(len(images), dtype=torch.long)
+def a_list(images, prompts, metadata):
+    return [0.0] * len(images)
+def inf(images, prompts, metadata):
+    return 1 / torch.zeros(len(images))
+def meta(images, prompts, metadata):
+    return torch.zeros(len(images), device="meta")
+def double(images, prompts, metadata):
+    return torch.full((len(images),), 0.1, dtype=torch.float64)
+class Judge:
+    def __init__(self, device):
+        self.device = device
+    def __call__(self, images, prompts, metadata):
+        assert images.device == self.device
+        return torch.tensor([float(data["k"]) for data in metadata])
+number = 3
+'''
+
+@pytest.fixture
+def own_rewards(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_REWARDS)
+    return tmp_path / "own.py"
+
+def test_reward_the_users_own(own_rewards):
+    images = reward_noise(3, 8, 8)
+    own = own_rewards
+    rewards = R.Rewards(f"{own}:spoil,{own}:red=2, {own}:Judge,{own}:nan=0.5,{own}:double=1e-3")
+    assert rewards.weights == {"spoil": 1.0, "red": 2.0, "Judge": 1.0, "nan": 0.5, "double": 1e-3}
+    assert list(rewards.weights) == ["spoil", "red", "Judge", "nan", "double"]
+    scores = rewards(images + 1e-4, ["a", "dog", "b"], [{"k": 1}, {"k": 2}, {"k": 3}])
+    torch.testing.assert_close(scores["red"], images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3)))
+    assert scores["Judge"].tolist() == [1, 2, 3] and scores["nan"].isnan().tolist() == [False, True, False]
+    assert scores["double"].dtype == torch.float32
+    off = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    want = np.round(off.numpy().clip(0, 1).astype(np.float64) * 255).mean((1, 2, 3)) / 255
+    mean = R.Rewards(f"{own}:mean")(off, [""] * 3, [{}] * 3)["mean"]
+    assert np.abs(mean.numpy() - want).max() < 1e-6
+    assert off.max() > 1
+
+@pytest.mark.parametrize("name, message", [
+    ("raises", "KeyError: 'no such"), ("shape", r"\[3, 1\]"), ("scalar", r"\[\]"), ("integer", "int64"),
+    ("a_list", "list"), ("inf", "inf"), ("meta", "meta")])
+def test_reward_a_reward_that_fails_is_named(own_rewards, name, message):
+    with pytest.raises(R.RunError, match=message) as error:
+        rewards = R.Rewards(f"incompressibility,{own_rewards}:{name}")
+        rewards(reward_noise(3, 8, 8), ["a red cube", "dog", "dog"], [{}] * 3)
+    text = str(error.value)
+    assert name in text and "['a red cube', 'dog']:" in text and "\n" not in text
+    assert error.value.__cause__ is not None
+
+@pytest.mark.parametrize("spec, message", [
+    ("pickscor", "pickscor:.*NUMBER.*pickscore, clipscore"), ("", "NUMBER"), ("pickscore,", "NUMBER"),
+    ("compressibility=abc", "=abc:.*number|float"), ("compressibility=-1", "=-1:.*0 or more"),
+    ("compressibility=nan", "NUMBER"), ("compressibility=", "=:.*float"), ("compressibility=1.2.3", "1.2.3"),
+    ("compressibility,compressibility=2", "each once"), ("compressibility=0", "weights are 0"),
+    ("pickscore@nowhere", "No such file.*nowhere"), ("nowhere.py:fn", "no file nowhere.py"),
+    ("OWN:none", "own.py with a function or class 'none'"), ("OWN:number", "'number'"),
+    ("OWN:red,OWN:red", "red.*each once"), ("BAD:fn", "invalid syntax"), ("hpsv2@EMPTY", "hpsv2@/"),
+    ("pickscore@EMPTY", "pickscore@/"), ("clipscore", "hf auth login.*NAME@FOLDER"),
+    ("hpsv2", "hf auth login.*NAME@FOLDER")])
+def test_reward_bad_specs_end_in_one_line(own_rewards, monkeypatch, spec, message):
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)      # as without a network
+    (own_rewards.parent / "bad.py").write_text("def fn(:")
+    (own_rewards.parent / "empty").mkdir()
+    for short, file in (("OWN", "own.py"), ("BAD", "bad.py"), ("EMPTY", "empty")):
+        spec = spec.replace(short, str(own_rewards.parent / file))
+    with pytest.raises(R.UsageError, match=message) as error:
+        R.Rewards(spec)
+    assert str(error.value).startswith("--reward") and "\n" not in str(error.value)
+
+def test_reward_missing_weights_are_named(reward_hub, tmp_path):
+    from safetensors.torch import load_file, save_file
+    small_clip().save_pretrained(tmp_path)
+    save_small_tokenizer(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(R.UsageError, match="clipscore.*visual_projection.weight"):
+        R.Rewards(f"clipscore@{tmp_path}")
+
+def test_reward_check_names_the_first_unfit_prompt(ocr_folder, geneval_folder):
+    rewards = R.Rewards(f"geneval-accuracy@{geneval_folder},incompressibility")
+    good = R.geneval_prompts(3, 0)
+    rewards.check([data["prompt"] for data in good], good)
+    for bad in ({}, {"include": []}, {"include": [wanted("unicorn")]}, {"include": [{"class": "dog"}]}):
+        with pytest.raises(R.UsageError, match="geneval-accuracy: prompt 'second'.*include"):
+            rewards.check(["first", "second"], [good[0], bad])
+
+def test_reward_offload_and_half(reward_hub, monkeypatch):
+    """Models wait on the CPU; half precision moves a score by less than 1e-2 of the scores' spread."""
+    images, prompts = reward_noise(8), REWARD_PROMPTS * 2
+    spec = f"pickscore@{reward_hub},clipscore@{reward_hub}"
+    full = R.Rewards(spec)(images, prompts, [{}] * 8)
+    rewards = R.Rewards(spec, offload=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(R, "HALF", torch.autocast("cpu", torch.float16))
+        half = rewards(images, prompts, [{}] * 8)
+    assert {p.dtype for module in rewards.models.values() for p in module.parameters()} == {torch.float32}
+    for name in full:
+        assert 0 < (full[name] - half[name]).abs().max() < 1e-2 * full[name].std()
+    moves = []
+    for i, module in enumerate(rewards.models.values()):
+        module._apply = lambda fn, i=i: moves.append((i, str(fn(torch.zeros(1)).device)))
+    for offload, home in ((True, "cpu"), (False, "meta")):
+        rewards = R.Rewards(spec, device="meta", offload=offload, share=rewards)
+        monkeypatch.setattr(rewards, "score", lambda *args: moves.append("score") or torch.zeros(8))
+        rewards(images, prompts, [{}] * 8)
+        assert moves == [(0, "meta"), "score", (0, home), (1, "meta"), "score", (1, home)]
+        moves.clear()
+
+def shape_pictures(n=24, seed=0):
+    """n of the 24 captions, drawn with shape_masks at random places and sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    color, shape, side = torch.cartesian_prod(*(torch.arange(len(kind)) for kind in R.WORDS))[:n].unbind(1)
+    u = torch.rand(3, n, generator=generator)
+    masks = R.shape_masks(7 + 16 * side + 2 * u[0], 13 + 6 * u[1], 90 + 50 * u[2])[torch.arange(n), shape]
+    images = R.BACKGROUND + masks[:, None] * (R.palette()[color][:, :, None, None] - R.BACKGROUND)
+    return images, [f"a {R.WORDS[0][c]} {R.WORDS[1][s]} on the {R.WORDS[2][p]}"
+                    for c, s, p in zip(color, shape, side)]
+
+def test_reward_shapes():
+    rewards, right, strict = R.Rewards("shapes,shapes-strict"), [], []
+    for seed in range(10):
+        images, prompts = shape_pictures(seed=seed)
+        rewards.check(prompts, [{}] * 24)
+        scores = rewards(images, prompts, [{}] * 24)
+        right, strict = right + scores["shapes"].tolist(), strict + scores["shapes-strict"].tolist()
+    assert np.mean(right) >= 0.97 and np.mean(strict) >= 0.97 and set(strict) <= {0.0, 1.0}
+    large = F.interpolate(images, (256, 256), mode="bilinear")
+    assert torch.equal(R.read_shapes(large), R.read_shapes(images))
+    words = prompts[0].split()      # a red circle on the left
+    for wrong, kinds in (("a blue circle on the left", 2), ("a blue square on the left", 1),
+                         ("a blue square on the right", 0)):
+        scores = rewards(images[:1], [wrong], [{}])
+        assert abs(scores["shapes"].item() - kinds / 3) < 1e-6 and scores["shapes-strict"].item() == 0
+    assert words == "a red circle on the left".split()
+    prompts = prompts[:4]
+    rough = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for nothing in (torch.zeros(4, 3, 32, 32), torch.full((4, 3, 32, 32), R.BACKGROUND), rough):
+        for value in rewards(nothing, prompts, [{}] * 4).values():
+            assert value.tolist() == [0] * 4
+    for bad in ("a dog", "a red circle", "a square on the left", "reddish circle on the left", ""):
+        with pytest.raises(R.UsageError, match="--reward shapes.*has no word of each.*triangle"):
+            rewards.check(prompts[:1] + [bad], [{}] * 2)
+
+def test_reward_command_line(own_rewards, tmp_path):
+    for i, picture in enumerate(reward_noise(2, 8, 12)):
+        Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    def run(*words):
+        command = [sys.executable, R.__file__, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+    pictures = [tmp_path / "0.png", tmp_path / "1.png"]
+    spec = f"incompressibility,{own_rewards}:Judge"
+    code, lines, _ = run("--reward", spec, "--prompt", "x", "--metadata", '{"k": 7}', *pictures)
+    sizes = R.Rewards("incompressibility")(reward_noise(2, 8, 12), ["", ""], [{}, {}])["incompressibility"]
+    assert code == 0 and len(lines) == 2
+    for line, path, size in zip(lines, pictures, sizes):
+        assert line == f"{path} incompressibility {size:.4f} Judge 7.0000"
+    code, lines, errors = run("--reward", "nothing", pictures[0])
+    assert code == 2 and not lines and len(errors) == 1 and "nothing" in errors[0]
+    assert run("--reward", f"{own_rewards}:raises", pictures[0])[0] == 1
+    assert run("--reward", "incompressibility", tmp_path / "none.png")[0] == 2

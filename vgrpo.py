@@ -1,0 +1,893 @@
+"""V-GRPO: online reinforcement learning of text-to-image models, in one file (arXiv 2604.23380).
+
+Generate a group of images per prompt with any ODE sampler, score them, and follow GRPO's clipped objective,
+with the diffusion ELBO of the final image (minus its denoising loss over a few timestep-noise pairs) for the
+intractable log-likelihood. Shared pairs, stratified timesteps and a self-normalised weight make it stable; a
+ratio clip, a KL to theta_old or a soft clip of the advantages bound the step.
+
+    python vgrpo.py                                              # the tiny model, on a laptop, minutes
+    torchrun --nproc_per_node=8 vgrpo.py --model sd3.5-medium    # the paper's stage 1
+    torchrun --nproc_per_node=8 vgrpo.py --model flux.1-dev
+
+Symbols: P prompts per iteration, G images per group, M = N_MC timestep-noise pairs per image, K rewards, B
+rows; [...] the latent's own axes, d numbers in all; o a final latent, c its conditions; t = 0 data, t = 1 noise;
+z_t = (1 - t) o + t eps, v = eps - o, and the network's v_theta gives x_theta = z_t - t v_theta.
+Data flow: prompts, conditions, latents, images, rewards, advantages, pairs, surrogate, loss, step.
+
+Where this file departs from the paper:
+ 1. Antithetic noise is on by default: neighbouring strata take eps and -eps. --no-antithetic is the paper's.
+ 2. A group may share timesteps and noise (the paper's), one of them, or neither: --share.
+ 3. Where M does not divide the sampler's grid, a point between two strata belongs to both in proportion.
+ 4. The weight's denominator has a floor of 1e-5; a group whose rewards are all equal has advantage 0.
+ 5. An iteration's first step is at theta_old itself, where L_hat(theta_old) is sg(L_hat(theta)) exactly: its
+    theta_old pass is dropped. With --updates U each step takes its own P/U whole groups.
+ 6. The KL (Eq. 16) is a mean over the latent's d numbers, as the surrogate is.
+"""
+import argparse
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import rewards
+from rewards import RunError, UsageError
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "tiny"                # tiny, sd3.5-medium, sd3.5-large, flux.1-dev, a hub id or a folder
+    recipe: str = ""                   # tiny, sd3.5-s1 ... sd3.5-s5, flux (default: the model's)
+    reward: str = "shapes"             # name[@weights][=weight],... or my_file.py:function (see rewards.py)
+    eval_reward: str = ""              # rewards of the evaluation (default: --reward)
+    prompts: str = "shapes"            # FILE.txt, FILE.jsonl, or a built-in set: shapes, hpdv2, geneval, ocr
+    lora: str = ""                     # start from these LoRA weights (an earlier stage's checkpoint)
+    iterations: int = 150              # rollout-and-update rounds
+    prompts_per_iteration: int = 48    # P, over all ranks
+    group_size: int = 24               # G, images per prompt
+    updates: int = 1                   # gradient steps per iteration, each on P / updates whole groups
+    steps: int = 40                    # sampler steps
+    solver: str = "dpm++"              # euler or dpm++ (DPM-Solver++, 2nd order)
+    guidance: float = 0.0              # classifier-free or embedded guidance scale, 0 = off
+    resolution: int = 0                # image side in pixels, 0 = the pipeline's own
+    n_mc: int = 4                      # M, timestep-noise pairs per image
+    share: str = "both"                # what a group shares of its pairs: both, timestep, noise, none
+    stratified: bool = True            # one timestep from each of M strata of the sampler's grid
+    antithetic: bool = True            # neighbouring strata take eps and -eps
+    weight: str = "adaptive"           # of the denoising loss: adaptive (Eq. 14), x, v, eps
+    clip: float = 0.0                  # ratio clip range e, 0 = off
+    kl: float = 0.0                    # beta of the simple KL to theta_old (Eq. 16), 0 = off
+    soft_clip: float = 3.0             # eta of the advantage soft clip (Eq. 17), 0 = off
+    combine: str = "advantage"         # several rewards: sum of group advantages, or "sum" of raw rewards
+    lr: float = 3e-4                   # AdamW's learning rate
+    weight_decay: float = 1e-4         # AdamW's weight decay
+    grad_norm: float = 1.0             # clip of the gradient's norm, 0 = off
+    lora_rank: int = 32                # rank of the LoRA, 0 = train all weights
+    lora_alpha: float = 64.0           # LoRA strength: B A x * alpha / rank
+    ema: float = 0.9                   # decay of the evaluated average of the weights, 0 = off
+    micro_batch: int = 0               # images per network call of an update (M rows each), 0 = a group
+    dtype: str = "fp32"                # of the frozen parts and of the network's arithmetic: fp32 or bf16
+    checkpointing: bool = False        # recompute activations in the backward pass
+    seed: int = 0                      # of everything that is drawn
+    out: str = ""                      # run folder (default: runs/MODEL-TIME)
+    resume: str = ""                   # run folder to continue from its last checkpoint (alone: --out's)
+    eval_every: int = 10               # iterations between evaluations
+    save_every: int = 10               # iterations between checkpoints
+
+CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none"), dtype=("fp32", "bf16"),
+               weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"))
+LEAST = dict(iterations=1, prompts_per_iteration=1, group_size=2, updates=1, steps=1, n_mc=1, eval_every=1,
+             save_every=1)
+MODELS = {"sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+          "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+          "flux.1-dev": "black-forest-labs/FLUX.1-dev"}
+
+# Overrides of Config. The README says of each value whether it is the paper's, a peer's or ours.
+SD35 = dict(resolution=512, dtype="bf16", checkpointing=True, micro_batch=6)
+PREFERENCE = dict(SD35, reward="hpsv2,pickscore,clipscore", prompts="hpdv2", iterations=150)
+TASK = dict(SD35, n_mc=10, updates=2, soft_clip=0.0)
+RECIPES = {
+    "tiny": dict(iterations=110, prompts_per_iteration=6, steps=10, solver="euler", lora_rank=0, lr=6e-4,
+                 eval_reward="shapes,shapes-strict=0"),
+    "sd3.5-s1": PREFERENCE,
+    "sd3.5-s2": dict(TASK, reward="geneval", prompts="geneval", iterations=100, clip=1e-2),
+    "sd3.5-s3": PREFERENCE,
+    "sd3.5-s4": dict(TASK, reward="geneval", prompts="geneval", iterations=25, clip=1e-2),
+    "sd3.5-s5": dict(TASK, reward="ocr", prompts="ocr", iterations=15, kl=0.3),
+    "flux": dict(reward="hpsv2,pickscore,imagereward", prompts="hpdv2", iterations=300, updates=4, steps=16,
+                 prompts_per_iteration=32, group_size=12, guidance=3.5, resolution=720, clip=1e-2, lr=1e-5,
+                 soft_clip=0.0, lora_rank=0, ema=0.0, dtype="bf16", checkpointing=True, micro_batch=3),
+}
+
+def parse_config(argv=None):
+    """Config from the command line: a flag per field, its help the comment beside the field."""
+    def fail(message):
+        raise UsageError(message)
+
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser("vgrpo.py", description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = fail                                            # one line, not the whole usage
+    for field in fields(Config):
+        kind = dict(type=field.type, choices=CHOICES.get(field.name))
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif field.name == "resume":
+            kind = dict(nargs="?", const="")
+        parser.add_argument("--" + field.name.replace("_", "-"), **kind,
+                            help=f"{comments[field.name]} [{field.default}]".replace("%", "%%"))
+    flags = vars(parser.parse_args(argv))
+    if "resume" in flags:                                          # that run's flags, under those given now
+        out = flags["resume"] or flags.get("out") or fail("--resume: name the folder of a run")
+        stored, flags["resume"], flags["out"] = Path(out) / "config.json", out, out
+        flags = {**(json.loads(stored.read_text())["flags"] if stored.exists() else {}), **flags}
+    model = flags.get("model", Config.model)
+    family = "flux" if "flux" in model.lower() else "tiny" if model == "tiny" else "sd3.5-s1"
+    recipe = flags.get("recipe") or family
+    if recipe not in RECIPES:
+        fail(f"--recipe {recipe}: unknown; choose one of {', '.join(RECIPES)}")
+    cfg = Config(**{**RECIPES[recipe], **flags, "recipe": recipe})
+    for name, value in asdict(cfg).items():
+        least = LEAST.get(name, 0)
+        if not isinstance(value, (str, bool)) and not least <= value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
+    if cfg.ema >= 1:
+        fail(f"--ema {cfg.ema}: must be below 1, such as 0.9; 0 is off")
+    if cfg.resolution % 16:
+        fail(f"--resolution {cfg.resolution}: use a multiple of 16, as {cfg.resolution // 16 * 16 + 16}")
+    if cfg.lora and not (cfg.lora_rank and Path(cfg.lora).exists()):
+        fail(f"--lora {cfg.lora}: must be an earlier stage's weights, and --lora-rank their rank")
+    return cfg
+
+# -------------------------------------------------------------------------------------------------- the paper
+
+def add_noise(o, t, eps):
+    """z_t = (1 - t) o + t eps.  o and eps [..., *latent], t [...] -> z like eps; broadcasts"""
+    t = t.reshape(*t.shape, *[1] * (eps.ndim - t.ndim))
+    return (1 - t) * o + t * eps
+
+def draw_pairs(gen, sigmas, G, M, shape, share="both", stratified=True, antithetic=True):
+    """Timestep-noise pairs of one group (section on variance reduction): t [G, M], eps [G, M, *shape].
+
+    sigmas [n] is the sampler's grid. Shared parts are drawn once and broadcast over the group's G images.
+    """
+    u = torch.rand(1 if share in ("both", "timestep") else G, M, generator=gen)
+    if stratified:
+        u = (torch.arange(M) + u) / M                              # one u in each [j/M, (j+1)/M)
+    t = sigmas[(u * len(sigmas)).long().clamp(max=len(sigmas) - 1)]
+    eps = torch.randn(1 if share in ("both", "noise") else G, M, *shape, generator=gen)
+    if antithetic:
+        eps[:, 1::2] = -eps[:, :M - M % 2:2]                       # an odd last pair keeps its own noise
+    return t.expand(G, M), eps.expand(G, M, *shape)
+
+def surrogate(v, o, t, eps, weight="adaptive"):
+    """L_hat = 1/M sum_j l(t_j, eps_j), the negative ELBO of o (Eq. 14 with weight "adaptive").
+
+    v [B, M, ...] is the network's velocity at z_t, o [B, ...], t [B, M], eps [B, M, ...], all fp32
+    -> L_hat [B], x_theta [B, M, ...]
+    """
+    o = o[:, None]
+    z = add_noise(o, t, eps)
+    s = t.reshape(*t.shape, *[1] * (eps.ndim - 2))
+    x = z - s * v
+    if weight == "v":
+        error = v - (eps - o)
+    elif weight == "eps":
+        error = z + (1 - s) * v - eps
+    else:
+        error = x - o
+    error = error.flatten(2)
+    loss = error.square().mean(-1)                                 # [B, M], mean over the d numbers
+    if weight == "adaptive":
+        loss = loss / error.detach().abs().mean(-1).clamp(min=1e-5)         # detach: the paper's sg
+    return loss.mean(-1), x
+
+def group_advantages(rewards):
+    """A_i = (R_i - mean) / std within each group.  rewards [..., G] -> [..., G]
+
+    A NaN (an image that could not be scored) is in no mean and gets 0; so does a group of equal rewards.
+    """
+    rewards = rewards.double()
+    mean = rewards.nanmean(-1, keepdim=True)
+    std = (rewards - mean).square().nanmean(-1, keepdim=True).sqrt()
+    return torch.where(std > 1e-6, (rewards - mean) / (std + 1e-6), 0.0).nan_to_num(0.0).float()
+
+def combine_rewards(rewards, weights, rule="advantage"):
+    """Advantages of K rewards, weights normalised to sum 1.  rewards [K, P, G], weights [K] -> [P, G]
+
+    "advantage": weighted sum of each reward's group advantages; "sum": group advantages of the weighted sum.
+    """
+    weights = weights / weights.sum()
+    if rule == "sum":
+        return group_advantages(torch.einsum("k,kpg->pg", weights, rewards))
+    return torch.einsum("k,kpg->pg", weights.float(), group_advantages(rewards))
+
+def soft_clip(advantages, eta):
+    """Eq. 17: A_soft = eta tanh(A / eta); eta = 0 leaves A as it is."""
+    return eta * torch.tanh(advantages / eta) if eta else advantages
+
+def vgrpo_loss(surrogate, surrogate_old, advantages, clip=0.0, kl=0.0, x=None, x_old=None):
+    """The clipped objective, to be minimised: -min(rho A, clip(rho, 1-e, 1+e) A) + beta KL, per image.
+
+    surrogate, surrogate_old, advantages [B]; x, x_old [B, M, ...] where KL is on -> loss, rho, KL [B] each
+    """
+    ratio = torch.exp(surrogate_old - surrogate)                   # the mean over pairs came before the exp
+    bounded = ratio.clamp(1 - clip, 1 + clip) if clip else ratio
+    objective = torch.minimum(ratio * advantages, bounded * advantages)
+    divergence = torch.zeros_like(ratio)
+    if x_old is not None:
+        divergence = (x - x_old).square().flatten(1).mean(-1)      # Eq. 16
+    return kl * divergence - objective, ratio, divergence
+
+# ----------------------------------------------------------------------------------- ranks and random numbers
+
+def start_ranks():
+    """Join torchrun's process group, if there is one. -> rank, number of ranks, this rank's device"""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True               # of what is left in fp32
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+
+def is_main():
+    return int(os.environ.get("RANK", 0)) == 0
+
+def layout(P, updates, rank, ranks):
+    """A rank's groups, update by update: an update has the same groups on any number of ranks. -> indices"""
+    step = updates * ranks
+    if P % step:
+        near = " or ".join(str(n) for n in (P // step * step, P // step * step + step) if n)
+        raise UsageError(f"--prompts-per-iteration {P}: does not fit {ranks} ranks x {updates} --updates; "
+                         f"use a multiple of {step}, such as {near}")
+    return [u * P // updates + rank * P // step + i for u in range(updates) for i in range(P // step)]
+
+def generator(*key):
+    """All randomness: a CPU generator that depends on its key alone, never on rank or on what came before."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+def sum_over_ranks(tensor, device):
+    """A table in which each rank has filled its own rows of zeros becomes the gathered table, in order."""
+    if dist.is_initialized():
+        tensor = tensor.to(device)
+        dist.all_reduce(tensor)
+    return tensor.cpu()
+
+# ------------------------------------------------------------------------------------------------- the policy
+
+class Policy:
+    """A diffusers flow-matching pipeline as pi_theta.
+
+    It samples by the pipeline's own call, and hooks hear what the network is given. So no model family needs
+    code of its own, and the velocity that is trained is the one the pipeline used.
+    """
+
+    def __init__(self, pipe, cfg, device, **options):
+        self.pipe, self.transformer, self.device, self.listening = pipe, pipe.transformer, device, False
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = make_scheduler(pipe.scheduler, cfg.solver)
+        self.scheduler_step, pipe.scheduler.step = pipe.scheduler.step, self.hear_scheduler
+        self.transformer.register_forward_hook(self.hear_network, with_kwargs=True)
+        side = dict(height=cfg.resolution, width=cfg.resolution) if cfg.resolution else {}
+        self.options = dict(options, num_inference_steps=cfg.steps, output_type="pt", **side)
+        self.learn()
+        self.options.update(self.guide(cfg.guidance))
+
+    def guide(self, scale):
+        """Embedded and batch-doubled guidance are guidance_scale; two-call pipelines say true_cfg_scale."""
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        if "true_cfg_scale" in accepted and not self.transformer.config.get("guidance_embeds"):
+            return dict(true_cfg_scale=scale, negative_prompt=" " if scale > 1 else None)
+        return dict(guidance_scale=scale) if "guidance_scale" in accepted else {}
+
+    def hear_network(self, module, args, kwargs, output):
+        if self.listening and len(self.calls) < 2:
+            self.calls.append((kwargs, output[0]))
+
+    def hear_scheduler(self, model_output, *args, **kwargs):
+        result = self.scheduler_step(model_output, *args, **kwargs)
+        self.model_output, self.latents = model_output, result[0]
+        return result
+
+    @torch.no_grad()
+    def generate(self, prompts, generators, **options):
+        """One call of the pipeline, a generator per image, so that its noise is its own.
+
+        -> images [B, 3, H, W] uint8 on the CPU; .latents [B, ...] and .calls are heard
+        """
+        self.listening, self.calls = True, []
+        images = self.pipe(prompt=prompts, num_images_per_prompt=len(generators) // len(prompts),
+                           generator=generators, **{**self.options, **options})[0]
+        self.listening = False
+        return (images.float() * 255).round().to(torch.uint8).cpu()
+
+    def learn(self):
+        """Two short calls without guidance, of 3 and of 2 images: arguments whose length follows are per
+        image; timestep = a sigma + b and velocity = sign * output are read off, and must hold."""
+        quiet = dict(self.guide(1.0), num_inference_steps=2, output_type="latent")
+        self.generate(["a"], [generator("listen", i) for i in range(3)], **quiet)
+        three = self.calls[0][0]
+        self.generate(["a"], [generator("listen", i) for i in range(2)], **quiet)
+        (first, _), (second, output) = self.calls
+        self.time = "timesteps" if "timesteps" in first else "timestep"
+        lists = {name for name, value in first.items() if isinstance(value, (torch.Tensor, list))}
+        self.per_image = {name for name in lists if (len(first[name]), len(three[name])) == (2, 3)}
+        self.dtype = first["hidden_states"].dtype
+        s, tau = self.sigmas().tolist(), [call[self.time][0].item() for call in (first, second)]
+        self.a = float(f"{(tau[0] - tau[1]) / (s[0] - s[1]):.1e}")         # 1000, 1 or -1: bf16 rounds times
+        self.b = abs(self.a) * round((tau[0] - self.a * s[0]) / abs(self.a))
+        self.sign = 1.0 if (output * self.model_output).sum() > 0 else -1.0
+        with torch.no_grad():
+            z, t = second["hidden_states"], torch.full((2,), s[1])
+            gap = self.velocity(z, t, self.conditions()) - self.model_output
+        if not gap.norm() <= (1e-4 if self.dtype == torch.float32 else 5e-2) * self.model_output.norm():
+            raise UsageError(f"--model: {type(self.pipe).__name__} does not step along its network's output")
+
+    def sigmas(self):
+        """The sampler's grid [steps], without its final 0."""
+        return self.pipe.scheduler.sigmas[:-1].float().cpu()
+
+    def conditions(self):
+        """What the network was told, with one row of what it was told per image: a group shares its prompt.
+        A guided pipeline ends its doubled batch, or begins its two calls, with the prompted half."""
+        given = {name: value for name, value in self.calls[0][0].items() if name != "hidden_states"}
+        for name in self.per_image & given.keys():
+            given[name] = given[name][-1:].clone() if torch.is_tensor(given[name]) else given[name][-1:]
+        return given
+
+    def velocity(self, z, t, conditions):
+        """v_theta(z_t, t, c) in fp32.  z [B, ...], t [B]; conditions of one row -> [B, ...]"""
+        rows = {name: value.expand(len(z), *value.shape[1:]) if torch.is_tensor(value) else value * len(z)
+                for name, value in conditions.items() if name in self.per_image}
+        rows[self.time] = (self.a * t + self.b).to(self.device)    # in fp32; some pipelines round it to bf16
+        z = z.to(self.device, self.dtype)
+        return self.sign * self.transformer(hidden_states=z, **{**conditions, **rows})[0].float()
+
+def make_scheduler(scheduler, solver):
+    """The pipeline's noise schedule under the solver asked for; both know static and dynamic shift."""
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+    config = dict(scheduler.config)
+    if "FlowMatch" not in type(scheduler).__name__ and config.get("prediction_type") != "flow_prediction":
+        raise UsageError(f"--model: its scheduler {type(scheduler).__name__} is not one of flow matching")
+    shift = config.get("shift") or config.get("flow_shift") or 1.0
+    if solver == "euler":
+        return FlowMatchEulerDiscreteScheduler.from_config({**config, "shift": shift})
+    flow = dict(flow_shift=shift, use_flow_sigmas=True, prediction_type="flow_prediction")
+    scheduler = DPMSolverMultistepScheduler.from_config({**config, **flow, "algorithm_type": "dpmsolver++"})
+    rounded = scheduler.set_timesteps
+
+    @functools.wraps(rounded)
+    def set_timesteps(*args, **kwargs):
+        rounded(*args, **kwargs)                                   # to integers: 749 where sigma is .7496
+        scheduler.timesteps = 1000 * scheduler.sigmas[:-1].to(scheduler.timesteps.device)
+
+    scheduler.set_timesteps = set_timesteps
+    return scheduler
+
+def load_policy(cfg, device):
+    """The pipeline of --model, frozen but for what is trained. -> Policy, trainable {name: parameter}"""
+    from diffusers import DiffusionPipeline
+    name = tiny_pipeline() if cfg.model == "tiny" else MODELS.get(cfg.model, cfg.model)
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    try:
+        index = DiffusionPipeline.load_config(name)
+        absent = {part: None for part, kind in index.items() if isinstance(kind, list) and kind[0] is None}
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **absent)
+        transformer = pipe.transformer
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"--model {cfg.model}: cannot load {name} ({str(error).strip().splitlines()[0]}); "
+                         f"give tiny, {', '.join(MODELS)}, or a pipeline's hub id or folder; a gated one wants its "
+                         "licence accepted on the hub and `hf auth login`") from error
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval().to(device)
+    if hasattr(pipe.vae, "enable_slicing"):
+        pipe.vae.enable_slicing()
+    if cfg.lora_rank:
+        add_lora(transformer, cfg)
+    else:
+        transformer.float().requires_grad_(True)
+    if dtype != torch.float32:                                     # autocast around the network only
+        transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
+    if cfg.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    remember_prompts(pipe)
+    extra = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # no T5, so no row of zeros for it
+    trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    return Policy(pipe, cfg, device, **extra), trainable
+
+def remember_prompts(pipe):
+    """Keep the last 32 results of pipe.encode_prompt, so that the chunks of a group share one encoding."""
+    encode, known = pipe.encode_prompt, {}
+
+    def encode_prompt(*args, **kwargs):
+        key = repr((args, sorted(kwargs.items())))
+        known[key] = known.pop(key) if key in known else encode(*args, **kwargs)
+        if len(known) > 32:
+            known.pop(next(iter(known)))
+        return known[key]
+
+    pipe.encode_prompt = encode_prompt
+
+# -------------------------------------------------------------------------------------- LoRA and weight files
+
+ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+LORA_TARGETS = {"FluxTransformer2DModel": ATTENTION + r"|ff(_context)?\.net\.(0\.proj|2)"}
+
+def add_lora(transformer, cfg):
+    """Make targeted linear layers y + (alpha / r) B A x: A gaussian, B zero, both fp32.
+
+    The targets are the peers'; a whole "attn" in them leaves SD3.5's second attention, attn2, alone.
+    """
+    pattern = re.compile(rf"(.*\.)?({LORA_TARGETS.get(type(transformer).__name__, ATTENTION)})")
+    targets = {name: module for name, module in transformer.named_modules()
+               if isinstance(module, nn.Linear) and pattern.fullmatch(name)}
+    if not targets:
+        raise UsageError(f"--lora-rank: {type(transformer).__name__} has no attention known; use 0")
+
+    def adapt(linear, args, output):
+        down = F.linear(args[0].to(linear.lora_A.dtype), linear.lora_A)
+        return output + (cfg.lora_alpha / cfg.lora_rank * F.linear(down, linear.lora_B)).to(output.dtype)
+
+    for name, linear in targets.items():
+        A = torch.randn(cfg.lora_rank, linear.in_features, generator=generator(cfg.seed, "lora", name))
+        linear.lora_A = nn.Parameter((A / cfg.lora_rank).to(linear.weight.device))
+        linear.lora_B = nn.Parameter(linear.lora_A.new_zeros(linear.out_features, cfg.lora_rank))
+        linear.register_forward_hook(adapt)
+
+def save_weights(folder, weights, transformer, cfg):
+    """Write {name: tensor} as diffusers reads it: a LoRA file with its alpha, or a transformer's folder."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    if cfg.lora_rank:
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = {"transformer.r": cfg.lora_rank, "transformer.lora_alpha": cfg.lora_alpha,  # else alpha = r
+                   "transformer.target_modules": sorted({name.rpartition(".")[0] for name in weights})}
+        save_file({f"transformer.{name}.weight": value for name, value in weights.items()},
+                  folder / "pytorch_lora_weights.safetensors",
+                  {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)})
+    else:
+        transformer.save_config(folder / "transformer")
+        save_file({**transformer.state_dict(), **weights},         # and its buffers
+                  folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+@torch.no_grad()
+def load_weights(path, weights, cfg, flag):
+    """Fill {name: tensor} from what save_weights wrote; path is the file or the folder it was written to."""
+    if path.is_dir():
+        path /= ("pytorch_lora_weights.safetensors" if cfg.lora_rank
+                 else "transformer/diffusion_pytorch_model.safetensors")
+    try:
+        stored, metadata = load_file(path), safe_open(path, "pt").metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{flag} {path}: cannot be read ({error})") from error
+    adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    alpha = adapter.get("transformer.lora_alpha", cfg.lora_rank)
+    for name, value in weights.items():
+        found = stored.get(f"transformer.{name}.weight" if cfg.lora_rank else name)
+        if found is None or found.shape != value.shape:
+            raise UsageError(f"{flag} {path}: has no {name} of shape {list(value.shape)}; it is of another "
+                             "--model or --lora-rank")
+        value.copy_(found * (alpha / cfg.lora_alpha) if name.endswith("lora_B") else found)
+
+# ------------------------------------------------------------------------------------------ the tiny pipeline
+
+def tiny_pipeline():
+    """The folder of a small real StableDiffusion3Pipeline that draws shapes; made once, then cached."""
+    cache = Path(os.environ.get("VGRPO_CACHE", Path.home() / ".cache" / "vgrpo"))
+    folder, partial = cache / "tiny-sd3-v1", cache / f"partial-{os.getpid()}"
+    if is_main() and not folder.exists():
+        print(f"first use: pretraining the tiny Stable Diffusion 3, 2 minutes on two cores; kept in {folder}")
+        with torch.random.fork_rng(devices=[]):                    # modules are drawn from the global state
+            torch.manual_seed(0)
+            pretrain_tiny().save_pretrained(partial)
+        if not folder.exists():                                    # else another run was first
+            partial.rename(folder)
+    while not folder.exists():
+        time.sleep(1)
+    return folder
+
+def draw_shapes(labels, gen):
+    """Images [N, 3, 32, 32] in [0, 1] of labels [N, 3] (colour, shape, side); place and size vary."""
+    color, shape, side = labels.unbind(1)
+    u = torch.rand(3, len(labels), generator=gen)
+    masks = rewards.shape_masks(7 + 16 * side + 2 * u[0], 13 + 6 * u[1], 90 + 50 * u[2])
+    mask = masks[torch.arange(len(labels)), shape][:, None]
+    return rewards.BACKGROUND + mask * (rewards.palette()[color][:, :, None, None] - rewards.BACKGROUND)
+
+def shape_prompts():
+    return [f"a {color} {shape} on the {side}" for color, shape, side in itertools.product(*rewards.WORDS)]
+
+def blank_tiny():
+    """It with random weights: a 3-block MMDiT, 8 x 8 x 4 latents, 8 text tokens of a word each, no T5."""
+    from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                           StableDiffusion3Pipeline)
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=8)
+    tokenizer.add_tokens(sorted(set(" ".join(shape_prompts()).split())))
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+        initializer_factor=1.5)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16), latent_channels=4, norm_num_groups=8, mid_block_add_attention=False,
+        sample_size=32, scaling_factor=1.0, shift_factor=0.0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64,
+        pos_embed_max_size=8)
+    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), vae, encoders[0],
+                                    tokenizer, encoders[1], tokenizer, text_encoder_3=None, tokenizer_3=None)
+
+def fit(module, loss_of, steps, lr, title):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    for _ in tqdm(range(steps), title):
+        optimizer.zero_grad()
+        loss_of().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+def pretrain_tiny(vae_steps=700, steps=1300, wrong=0.4):
+    """The VAE on drawn shapes, then the transformer by flow matching on captions in which each word is
+    redrawn with probability `wrong`: it draws well and half obeys, a place that RL can start from."""
+    pipe, gen = blank_tiny(), generator("pretrain")
+    sizes = torch.tensor([len(words) for words in rewards.WORDS])
+
+    def draw_labels(n):
+        return (torch.rand(n, 3, generator=gen) * sizes).long()
+
+    def vae_loss():
+        x = 2 * draw_shapes(draw_labels(16), gen) - 1
+        posterior = pipe.vae.encode(x).latent_dist
+        return F.mse_loss(pipe.vae.decode(posterior.sample(gen)).sample, x) + 4e-7 * posterior.kl().mean()
+
+    fit(pipe.vae, vae_loss, vae_steps, 4e-3, "VAE")
+    labels = draw_labels(6144)
+    with torch.no_grad():
+        latents = torch.cat([pipe.vae.encode(2 * x - 1).latent_dist.mode()
+                             for x in draw_shapes(labels, gen).split(256)])
+        text, _, pooled, _ = pipe.encode_prompt(
+            shape_prompts(), None, None, do_classifier_free_guidance=False, max_sequence_length=0)
+    pipe.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    latents = (latents - latents.mean()) / latents.std()
+
+    def flow_loss():
+        rows = torch.randint(len(labels), (64,), generator=gen)
+        redrawn = torch.rand(64, 3, generator=gen) < wrong
+        color, shape, side = torch.where(redrawn, draw_labels(64), labels[rows]).unbind(1)
+        caption = (color * sizes[1] + shape) * sizes[2] + side     # its place in shape_prompts()
+        o, t = latents[rows], torch.rand(64, generator=gen)
+        eps = torch.randn(o.shape, generator=gen)
+        z = add_noise(o, t, eps)
+        v = pipe.transformer(z, text[caption], pooled[caption], timestep=1000 * t).sample
+        return F.mse_loss(v, eps - o)
+
+    fit(pipe.transformer, flow_loss, steps, 3e-3, "transformer")
+    return pipe
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+def load_prompts(cfg):
+    """-> items to train on, items to evaluate on; an item is a dict of "prompt" and its metadata."""
+    if cfg.prompts == "shapes":
+        items = [{"prompt": prompt} for prompt in shape_prompts()]
+    elif cfg.prompts in ("geneval", "ocr"):
+        items = getattr(rewards, f"{cfg.prompts}_prompts")(4000, seed=0)
+    else:
+        items = read_prompts(cfg.prompts)
+    held_out = min(len(items) // 10, 48)
+    if held_out < 8:                                               # too few to set some apart: noise is
+        return items, items[:48]
+    order = torch.randperm(len(items), generator=generator("held out")).tolist()
+    return [items[i] for i in order[held_out:]], [items[i] for i in order[:held_out]]
+
+def read_prompts(name):
+    """A prompt per line; in a .jsonl an object per line, "prompt" and any metadata; hpdv2 is fetched."""
+    from huggingface_hub import hf_hub_download
+    try:
+        if name == "hpdv2":                                        # the benchmark prompts of HPDv2
+            files = [hf_hub_download("zhwang/HPDv2", f"benchmark/{style}.json", repo_type="dataset")
+                     for style in ("anime", "concept-art", "paintings", "photo")]
+            prompts = [prompt for file in files for prompt in json.loads(Path(file).read_text())]
+            return [{"prompt": prompt} for prompt in dict.fromkeys(prompts)]
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--prompts {name}: cannot be read ({str(error).splitlines()[0]}); give a FILE.txt "
+                         "or FILE.jsonl in UTF-8, or shapes, geneval, ocr, hpdv2 (from the hub)") from error
+    items = []
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line) if line.strip() and name.endswith(".jsonl") else {"prompt": line}
+            item["prompt"] = item["prompt"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f'--prompts {name}, line {number}: no object with a string "prompt"') from error
+        items.append(item)
+    items = [item for item in items if item["prompt"]]
+    if not items:
+        raise UsageError(f"--prompts {name}: is empty; write a prompt per line")
+    return items
+
+def pick(items, cfg, iteration, index):
+    """The item of group `index`: every one is used once before any comes again."""
+    epoch, place = divmod((iteration - 1) * cfg.prompts_per_iteration + index, len(items))
+    return items[torch.randperm(len(items), generator=generator(cfg.seed, "order", epoch))[place]]
+
+# ------------------------------------------------------------------------------------------------ the rollout
+
+@dataclass(frozen=True)
+class Group:
+    index: int                 # among the groups of all ranks: the key of its randomness
+    item: dict                 # prompt and metadata
+    images: torch.Tensor       # [G, 3, H, W] uint8, on the CPU
+    latents: torch.Tensor      # o [G, ...] fp32
+    conditions: dict           # c, one row
+
+def chunks(n, cfg, rows=1):
+    """Slices of n images, a network call each: a micro-batch, or M of them where an image is one row."""
+    size = (cfg.micro_batch or cfg.group_size) * rows
+    return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+def collect(policy, items, G, cfg, *key):
+    """Generate a group for each of {index: item}, every image from noise of its own. -> list of Group"""
+    groups = []
+    for index, item in items.items():
+        images, latents = [], []
+        for part in chunks(G, cfg, cfg.n_mc):
+            noise = [generator(*key, index, i) for i in range(G)[part]]
+            images.append(policy.generate([item["prompt"]], noise))
+            latents.append(policy.latents.float())
+        groups.append(Group(index, item, torch.cat(images), torch.cat(latents), policy.conditions()))
+    return groups
+
+def score(scorer, groups, P, device):
+    """-> rewards [K, P, G] fp64 of the groups of all ranks; NaN where an image could not be scored"""
+    items = [group.item for group in groups for _ in group.images]
+    images = torch.cat([group.images for group in groups]) / 255
+    scores = scorer(images, [item["prompt"] for item in items], items)
+    table = torch.zeros(len(scores), P, len(items) // len(groups), dtype=torch.float64)
+    for row, name in zip(table, scorer.weights):
+        row[[group.index for group in groups]] = scores[name].double().view(len(groups), -1)
+    return sum_over_ranks(table, device)
+
+def evaluate(policy, scorer, items, cfg, rank, ranks):
+    """Score held-out noise, the same in every run. -> metrics; this rank's groups; rewards [K, P, G]"""
+    P, G = math.ceil(len(items) / ranks) * ranks, max(1, 192 // len(items))
+    mine = {index: items[index % len(items)] for index in range(rank, P, ranks)}
+    groups = collect(policy, mine, G, cfg, "evaluation")
+    table, weights = score(scorer, groups, P, policy.device)[:, :len(items)], scorer.weights
+    metrics = {f"eval/{name}": row.nanmean().item() for name, row in zip(weights, table)}
+    metrics["eval"] = sum(weights[name] * metrics[f"eval/{name}"] for name in weights) / sum(weights.values())
+    return metrics, groups, table
+
+# ------------------------------------------------------------------------------------------------- the update
+
+def estimate(policy, group, rows, cfg, iteration):
+    """L_hat [B] and x_theta [B, M, ...] of some of a group's images, on the group's pairs.
+
+    The pairs are drawn again from their key where they are needed, instead of being kept.
+    """
+    o = group.latents[rows]
+    key = generator(cfg.seed, "pairs", iteration, group.index)
+    t, eps = draw_pairs(key, policy.sigmas(), cfg.group_size, cfg.n_mc, o.shape[1:], cfg.share,
+                        cfg.stratified, cfg.antithetic)
+    t, eps = t[rows].to(o.device), eps[rows].to(o.device)
+    z = add_noise(o[:, None], t, eps)
+    v = policy.velocity(z.flatten(0, 1), t.flatten(), group.conditions)
+    return surrogate(v.view_as(z), o, t, eps, cfg.weight)
+
+def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
+    """A gradient step on each batch of whole groups. -> tables [P, G] of all images, mean gradient norm"""
+    parts, size = chunks(cfg.group_size, cfg), len(groups) // cfg.updates
+    batches = [groups[first:first + size] for first in range(0, len(groups), size)]
+    stats = torch.zeros(4, *advantages.shape, dtype=torch.float64)
+    old, norms = {}, []
+    with torch.no_grad():                                          # theta_old: before the first step
+        for group, rows in itertools.product(groups[size:], parts):
+            L, x = estimate(policy, group, rows, cfg, iteration)
+            old[group.index, rows.start] = L, x if cfg.kl else None
+    for batch in batches:
+        for group, rows in itertools.product(batch, parts):
+            L, x = estimate(policy, group, rows, cfg, iteration)
+            # In the first batch theta is theta_old: sg(L) is exact, the KL is 0 and so is its gradient.
+            L_old, x_old = old.get((group.index, rows.start), (L.detach(), None))
+            A = advantages[group.index, rows].to(L.device)
+            loss, ratio, kl = vgrpo_loss(L, L_old, A, cfg.clip, cfg.kl, x, x_old)
+            (loss.sum() / (size * cfg.group_size)).backward()
+            stats[:, group.index, rows] = torch.stack([loss, ratio, kl, L]).detach().cpu().double()
+        for p in params if dist.is_initialized() else ():          # averaged explicitly, whatever is trained
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+        norms.append(nn.utils.clip_grad_norm_(params, cfg.grad_norm or math.inf).item())
+        if not math.isfinite(norms[-1]):
+            raise RunError(f"iteration {iteration}: the gradient's norm is {norms[-1]}, stopped before the "
+                           "step; try a lower --lr, a smaller --clip or --dtype fp32")
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(params)
+    stats = sum_over_ranks(stats, policy.device)
+    return dict(zip(("loss", "ratio", "kl", "surrogate"), stats)), sum(norms) / len(norms)
+
+# ------------------------------------------------------------------------------------ logging and checkpoints
+
+def start_log(out, cfg, iteration):
+    """Write config.json and cut metrics.jsonl to `iteration`. -> log(dict)"""
+    import diffusers
+    import transformers
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    run = {"flags": asdict(cfg), "versions": versions, "commit": commit}
+    (out / "config.json").write_text(json.dumps(run, indent=2))
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and iteration else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+    path.write_text("".join(kept))
+    def log(values):
+        with open(path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    return log
+
+def save_grid(path, groups, table):
+    """A labelled contact sheet: the first image of each group, then the second, 24 in all, six in a row."""
+    from PIL import Image, ImageDraw
+    tiles = [(group, i) for i in range(len(groups[0].images)) for group in groups][:24]
+    side = min(max(groups[0].images.shape[-1], 144), 256)
+    sheet = Image.new("RGB", (6 * (side + 8), math.ceil(len(tiles) / 6) * (side + 24)), "white")
+    for n, (group, i) in enumerate(tiles):
+        x, y = n % 6 * (side + 8) + 4, n // 6 * (side + 24) + 4
+        picture = Image.fromarray(group.images[i].permute(1, 2, 0).numpy())
+        picture = picture.resize((side, side), Image.NEAREST if side > picture.width else Image.LANCZOS)
+        sheet.paste(picture, (x, y))
+        label = f"{table[0, group.index, i]:.2f} {group.item['prompt']}"
+        ImageDraw.Draw(sheet).text((x, y + side + 2), label[:side // 6], fill="black")
+    sheet.save(path)
+
+def save_checkpoint(out, iteration, state, transformer, cfg):
+    """checkpoints/000010: written under another name, flushed, renamed; the last two stay."""
+    final = out / "checkpoints" / f"{iteration:06d}"
+    partial = final.with_name("partial")
+    for folder in (partial, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name, weights in state.items():
+        save_weights(partial / name, weights, transformer, cfg)
+    for path in partial.rglob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    partial.rename(final)
+    for folder in sorted(final.parent.glob("[0-9]*"))[:-2]:
+        shutil.rmtree(folder)
+
+# --------------------------------------------------------------------------------------------------- the loop
+
+def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
+    """One iteration of Algorithm 1 on {index: item}, this rank's share. -> its line of metrics.jsonl"""
+    clock = [time.perf_counter()]
+    groups = collect(policy, items, cfg.group_size, cfg, cfg.seed, "noise", iteration)
+    clock.append(time.perf_counter())
+    table = score(scorer, groups, cfg.prompts_per_iteration, policy.device)
+    weights = torch.tensor(list(scorer.weights.values()), dtype=torch.float64)
+    advantages = soft_clip(combine_rewards(table, weights, cfg.combine), cfg.soft_clip)
+    clock.append(time.perf_counter())
+    stats, norm = update(policy, params, optimizer, ema, groups, advantages, cfg, iteration)
+    clock.append(time.perf_counter())
+
+    total = torch.einsum("k,kpg->pg", weights / weights.sum(), table)
+    L, ratio = stats["surrogate"], stats["ratio"]
+    beyond = (ratio - 1) * advantages.sign() > (cfg.clip or math.inf)
+    memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "iteration": iteration, "reward": total.nanmean().item(),
+        "reward_std": (total - total.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
+        **{f"reward/{name}": row.nanmean().item() for name, row in zip(scorer.weights, table)},
+        "zero_std_groups": int((advantages == 0).all(1).sum()), "loss": stats["loss"].mean().item(),
+        "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
+        "clip_fraction": beyond.double().mean().item(), "kl": stats["kl"].mean().item(),
+        "surrogate": L.mean().item(), "surrogate_cv": (L.std() / L.mean()).item(),
+        "surrogate_group_cv": (L.std(1) / L.mean(1)).mean().item(), "grad_norm": norm, "lr": cfg.lr,
+        "nfe_rollout": cfg.steps, "nfe_old": cfg.n_mc - cfg.n_mc / cfg.updates, "nfe_train": cfg.n_mc,
+        **{f"seconds_{part}": b - a for part, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])},
+        "samples_per_second": ratio.numel() / (clock[-1] - clock[0]), "peak_memory_gb": memory / 2**30,
+    }
+
+def train(cfg):
+    """Set up, or pick up where --resume says, and iterate."""
+    from diffusers.training_utils import EMAModel
+    rank, ranks, device = start_ranks()
+    indices = layout(cfg.prompts_per_iteration, cfg.updates, rank, ranks)
+    train_items, eval_items = load_prompts(cfg)
+    scorer = rewards.Rewards(cfg.reward, device)
+    eval_scorer = rewards.Rewards(cfg.eval_reward or cfg.reward, device, share=scorer)
+    for judge, items in ((scorer, train_items), (eval_scorer, eval_items)):
+        judge.check([item["prompt"] for item in items], items)
+    policy, trainable = load_policy(cfg, device)
+    if cfg.lora:
+        load_weights(Path(cfg.lora), trainable, cfg, "--lora")
+    params = list(trainable.values())
+    out = Path(cfg.out or f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folders = sorted((out / "checkpoints").glob("[0-9]*")) if cfg.resume else []
+    done = int(folders[-1].name) if folders else 0
+    ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) at step s
+    ema.optimization_step = done * cfg.updates
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    state = {"": trainable, "ema": dict(zip(trainable, ema.shadow_params)), "exp_avg": {}, "exp_avg_sq": {}}
+    for name, p in trainable.items():
+        optimizer.state[p]["step"] = torch.tensor(float(ema.optimization_step))
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[p][key] = state[key][name] = torch.zeros_like(p)
+    for name, weights in state.items() if folders else ():         # all that determines the next number
+        load_weights(folders[-1] / name, weights, cfg, "--resume")
+    log = start_log(out, cfg, done) if is_main() else lambda values: None
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):                 # the iteration under way is finished
+        signal.signal(number, lambda number, frame: caught.append(number))
+
+    def look(iteration):
+        ema.store(params)
+        ema.copy_to(params)
+        metrics, groups, table = evaluate(policy, eval_scorer, eval_items, cfg, rank, ranks)
+        ema.restore(params)
+        log({"iteration": iteration, **metrics})
+        if is_main():
+            save_grid(out / "samples" / f"{iteration:06d}.png", groups, table)
+            tqdm.write(f"iteration {iteration}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+
+    if not done:
+        look(0)
+    bar = tqdm(range(done + 1, cfg.iterations + 1), initial=done, total=cfg.iterations, disable=not is_main())
+    for iteration in bar:
+        items = {index: pick(train_items, cfg, iteration, index) for index in indices}
+        metrics = improve(policy, params, optimizer, ema, scorer, items, cfg, iteration)
+        log(metrics)
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}")
+        stop = sum_over_ranks(torch.tensor([len(caught)]), device).item()
+        last = iteration == cfg.iterations
+        if iteration % cfg.eval_every == 0 or last:
+            look(iteration)
+        if is_main() and (iteration % cfg.save_every == 0 or last or stop):
+            save_checkpoint(out, iteration, state, policy.transformer, cfg)
+        if stop:
+            sys.exit(128 + (caught or [signal.SIGTERM])[0])
+    if is_main():
+        print(f"done: {out}")
+
+def main(argv=None):
+    try:
+        train(parse_config(argv))
+    except (UsageError, RunError, OSError) as error:
+        if is_main() or not isinstance(error, UsageError):
+            print(f"vgrpo.py: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()
