@@ -4,10 +4,9 @@
 
 A reward is fn(images [N, 3, H, W] in [0, 1], prompts, metadata) -> float [N]; NaN: this image has no score.
 In `--reward pickscore=1,hpsv2@FOLDER=0.5,my_rewards.py:fn=2` a FOLDER stands for the hub: OWNER/NAME is read
-from FOLDER/NAME, else FOLDER. GenEval's detector has the official architecture, but other weights.
+from FOLDER/NAME, else FOLDER.
 """
 import argparse
-import base64
 import contextlib
 import functools
 import html
@@ -19,8 +18,6 @@ import random
 import re
 import runpy
 import sys
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -179,113 +176,7 @@ class ImageReward(nn.Module):
             states = self.text(ids, mask, encoder_hidden_states=patches).last_hidden_state
         return (self.head(states[:, 0].float()).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
 
-# GenEval: a detector's masks -> objects -> colors and places -> a verdict
-COCO = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop "
-    "sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, "
-    "backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, "
-    "baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, "
-    "bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, "
-    "potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell "
-    "phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair "
-    "drier, toothbrush").split(", ")
-CLIP_COLORS = "red orange yellow green blue purple pink brown black white".split()
-
-def load_detector(folder):
-    """Mask2FormerForUniversalSegmentation without its training loss, which needs scipy."""
-    from transformers import Mask2FormerModel
-
-    class Detector(Mask2FormerModel):
-        def __init__(self, config):
-            super().__init__(config)
-            self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
-
-    return load(Detector, "facebook/mask2former-swin-small-coco-instance", folder)
-
-def find_objects(detector, image, threshold):
-    """[3, H, W] -> {class: [(score, box x0 y0 x1 y1, mask [H, W])]}, at most 16, best first."""
-    scale, found = min(1333 / max(image.shape[1:]), 800 / min(image.shape[1:])), {}
-    height, width = (int(side * scale + 0.5) for side in image.shape[1:])
-    pixels = standardise(F.interpolate(image[None], (height, width), mode="bilinear"))
-    pixels = F.pad(pixels, (0, -width % 32, 0, -height % 32))
-    out = detector(pixels, output_hidden_states=True)
-    classes = detector.class_predictor(out.transformer_decoder_intermediate_states[-1][:, 0])
-    probs = classes.softmax(-1)[:, :-1].flatten()                   # [100 * 80]: the last class is "nothing"
-    for score, index in zip(*(best.tolist() for best in probs.topk(min(100, len(probs))))):
-        if score <= threshold:                                      # the mask can only lower it
-            break
-        mask = out.masks_queries_logits[-1][:, [index // len(COCO)]]
-        mask = F.interpolate(mask, pixels.shape[2:], mode="bilinear")[..., :height, :width]
-        mask = F.interpolate(mask, image.shape[1:], mode="bilinear")[0, 0]
-        score *= mask[mask > 0].sigmoid().mean().item()             # NaN for an empty mask: not kept
-        if score > threshold:
-            y, x = (mask > 0).nonzero().T
-            box = x.min().item(), y.min().item(), x.max().item() + 1, y.max().item() + 1
-            found.setdefault(COCO[index % len(COCO)], []).append((score, box, mask > 0))
-    return {name: sorted(group, key=lambda one: -one[0])[:16] for name, group in found.items()}
-
-def object_colors(clip, image, name, group):
-    """CLIP's zero-shot color of each object, cut out on grey."""
-    forms = f"a photo of a {{}} {name}", f"a photo of a {{}}-colored {name}", "a photo of a {} object"
-    texts = [torch.stack([clip.text(form.format(color)) for form in forms]).mean(0) for color in CLIP_COLORS]
-    cut = [torch.where(mask, image, 0x99 / 255)[None, :, y0:y1, x0:x1] for _, (x0, y0, x1, y1), mask in group]
-    cosines = torch.cat(list(map(clip.images, cut))) @ F.normalize(torch.stack(texts), dim=-1).T
-    return [CLIP_COLORS[best] for best in cosines.argmax(-1).tolist()]
-
-def relations(a, b):
-    """Where box a lies, seen from box b; a shift within a tenth of both sizes does not count."""
-    shift = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
-    slack = [(a[i + 2] - a[i] + b[i + 2] - b[i]) / 10 for i in (0, 1)]
-    x, y = (math.copysign(max(abs(s) - t, 0), s) / (math.hypot(*shift) or 1) for s, t in zip(shift, slack))
-    sides = {"left of": -x, "right of": x, "above": -y, "below": y}
-    return {side for side, part in sides.items() if part > 0.5}
-
-def verdict(found, data, colors_of, rule):
-    """Objects against GenEval's metadata -> "score": the mean of the parts; "strict", "accuracy": 0 or 1."""
-    parts, groups = [], []
-    for want in data["include"]:
-        group, count = found.get(want["class"], []), want["count"]
-        complete = len(group) >= count if rule == "accuracy" else len(group) == count
-        parts.append(1.0 if complete else max(0.0, 1 - abs(count - len(group)) / count))
-        group = group[:count] if complete else []
-        if "color" in want:
-            parts.append(colors_of(want["class"], group).count(want["color"]) / count if group else 0.0)
-        if "position" in want:
-            side, other = want["position"]
-            holds = [side in relations(a[1], b[1]) for a in group for b in groups[other]]
-            parts.append(float(any(holds) and all(holds)))
-        groups.append(group if parts[-1] == 1 else [])              # what others are placed by must be right
-    too_many = any(len(found.get(no["class"], [])) >= no["count"] for no in data.get("exclude", []))
-    return sum(parts) / len(parts) if rule == "score" else float(min(parts) == 1 and not too_many)
-
-def geneval(rule, detector, clip, images, prompts, metadata):
-    scores = []
-    for image, data in zip(images, metadata):
-        found = find_objects(detector, image, 0.9 if data.get("tag") == "counting" else 0.3)
-        scores.append(verdict(found, data, functools.partial(object_colors, clip, image), rule))
-    return torch.tensor(scores)
-
-def geneval_prompts(n, seed):
-    """n distinct prompts with GenEval's metadata, its six tasks in turn."""
-    rng, items = random.Random(seed), {}
-    while len(items) < n:
-        (a, b), (c, d) = rng.sample(COCO[1:], 2), rng.sample(CLIP_COLORS, 2)        # no colored person
-        k, side = rng.randint(2, 4), rng.choice(["left of", "right of", "above", "below"])
-        one, two = {"class": a, "count": 1}, {"class": b, "count": 1}
-        many = re.sub("(?<=[sh])s$", "es", re.sub("(skis|scissors|sheep)s$", r"\1", a + "s"))
-        for tag, text, include in (
-                ("single_object", f"a {a}", [one]),
-                ("two_object", f"a {a} and a {b}", [one, two]),
-                ("counting", f"{['two', 'three', 'four'][k - 2]} {many}", [one | {"count": k}]),
-                ("colors", f"a {c} {a}", [one | {"color": c}]),
-                ("position", f"a {b} {side} a {a}", [one, two | {"position": [side, 0]}]),
-                ("color_attr", f"a {c} {a} and a {d} {b}", [one | {"color": c}, two | {"color": d}])):
-            text = re.sub(r"\ba (?=[aeiou])", "an ", "a photo of " + text)
-            exclude = [one | {"count": k + 1}] if tag == "counting" else []
-            items.setdefault(text, {"tag": tag, "include": include, "exclude": exclude, "prompt": text})
-    return list(items.values())[:n]
-
-# OCR: a detector's map -> boxes -> characters -> distance
+# OCR: a map of text -> boxes -> lines -> the distance to what was asked for
 def components(mask):
     """[H, W] bool -> [H, W] labels: 0 outside, and one number for each 8-connected region."""
     before, labels = mask.double(), mask.flatten().cumsum(0).view(mask.shape).double() * mask
@@ -361,40 +252,6 @@ def ocr_prompts(n, seed):
     texts = itertools.product(scenes.split(", "), first, second, third)
     return [{"prompt": f'{s} "{a} {b}{c}"'} for s, a, b, c in random.Random(seed).sample(list(texts), n)]
 
-JUDGE = """This picture was generated from the caption "{}". Judge how well it matches and how good it looks.
-Explain briefly, then end with one line "Final Score: X", with X from 1 (bad) to 5 (perfect)."""
-
-def call(url, body=None, timeout=60):
-    data = json.dumps(body).encode() if body else None
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout) as reply:
-        return json.load(reply)
-
-class Judge(nn.Module):
-    """UnifiedReward, a vision-language model behind an OpenAI-compatible server."""
-
-    def __init__(self, url):
-        super().__init__()
-        self.url, serve = (url or "").rstrip("/"), "vllm serve CodeGoat24/UnifiedReward-2.0-qwen-7b"
-        with one_line(UsageError, f"no judge at {self.url!r}; `{serve}`, then unified@http://localhost:8000"):
-            self.name = call(self.url + "/v1/models")["data"][0]["id"]
-
-    def ask(self, picture, prompt):
-        picture = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
-        content = [{"type": "image_url", "image_url": {"url": picture}},
-                   {"type": "text", "text": JUDGE.format(prompt)}]
-        body = {"model": self.name, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-        for _ in range(3):
-            with contextlib.suppress(Exception):                    # no answer, or none with a score
-                answer = call(self.url + "/v1/chat/completions", body)["choices"][0]["message"]["content"]
-                score = float(re.findall(r"final score[\s:*_`]*(\d+(?:\.\d+)?)", answer.lower())[-1])
-                return score / 5 if 1 <= score <= 5 else math.nan   # a "10" is neither 1 nor 5
-        return math.nan
-
-    def forward(self, images, prompts, metadata):
-        with ThreadPoolExecutor(32) as pool:
-            return torch.tensor(list(pool.map(self.ask, map(jpeg, images), prompts)))
-
 # shapes: the tiny model's reward reads color, shape and side off the pixels of a 32 x 32 picture
 COLORS = {"red": (.9, .15, .15), "green": (.15, .75, .2), "blue": (.2, .3, .95), "yellow": (.95, .85, .15)}
 WORDS = (tuple(COLORS), ("circle", "square", "triangle"), ("left", "right"))
@@ -459,11 +316,7 @@ REWARDS = {     # name -> a function of models and a batch; what loads these mod
     "aesthetic": (lambda clip, head, images, *_: head(clip.images(images)).squeeze(-1), CLIP, lambda folder: (
         load_renamed(linear_head(), "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", folder))),
     "imagereward": (nn.Module.__call__, ImageReward),
-    "geneval": (functools.partial(geneval, "score"), load_detector, CLIP),
-    "geneval-strict": (functools.partial(geneval, "strict"), load_detector, CLIP),
-    "geneval-accuracy": (functools.partial(geneval, "accuracy"), load_detector, CLIP),
     "ocr": (nn.Module.__call__, Ocr),
-    "unified": (nn.Module.__call__, Judge),
     "incompressibility": (lambda images, *_: torch.tensor([len(jpeg(image)) / 1000 for image in images]),),
     "compressibility": (lambda images, *_: torch.tensor([-len(jpeg(image)) / 1000 for image in images]),),
     "shapes": (shapes,),
@@ -472,10 +325,7 @@ REWARDS = {     # name -> a function of models and a batch; what loads these mod
 NEEDS = {       # what a prompt, or its metadata, must have
     "ocr": ("text in straight double quotes", lambda prompt, data: QUOTED.search(prompt)),
     "shapes": (f"word of each of {WORDS}",
-               lambda prompt, data: all(set(kind) & set(prompt.split()) for kind in WORDS)),
-    "geneval": ('GenEval metadata: give a FILE.jsonl with "include" of COCO classes',
-                lambda prompt, data: all(part.get("class") in COCO and part.get("count", 0) > 0
-                                         for part in data.get("include") or [{}]))}
+               lambda prompt, data: all(set(kind) & set(prompt.split()) for kind in WORDS))}
 
 class Rewards:
     """`--reward`: (images [N, 3, H, W], prompts, metadata) -> {name: float32 [N] on the CPU}."""
@@ -540,7 +390,7 @@ def main():
     parser = argparse.ArgumentParser(description="Score images: one line for each.")
     parser.add_argument("--reward", required=True, help="NAME[@FOLDER] or FILE.py:NAME; several with commas")
     parser.add_argument("--prompt", default="", help="what the images were to show")
-    parser.add_argument("--metadata", default={}, type=json.loads, help="GenEval's, as JSON")
+    parser.add_argument("--metadata", default={}, type=json.loads, help="of the prompt, as JSON")
     parser.add_argument("images", nargs="+", help="picture files")
     args = parser.parse_args()
     try:

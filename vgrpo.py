@@ -7,21 +7,18 @@ ratio clip, a KL to theta_old or a soft clip of the advantages bound the step.
 
     python vgrpo.py                                              # the tiny model, on a laptop, minutes
     torchrun --nproc_per_node=8 vgrpo.py --model sd3.5-medium    # the paper's stage 1
-    torchrun --nproc_per_node=8 vgrpo.py --model flux.1-dev
 
 Symbols: P prompts per iteration, G images per group, M = N_MC timestep-noise pairs per image, K rewards, B
-rows; [...] the latent's own axes, d numbers in all; o a final latent, c its conditions; t = 0 data, t = 1 noise;
+rows; [...] the latent's own axes, d numbers; o a final latent, c its conditions; t = 0 is data, t = 1 noise;
 z_t = (1 - t) o + t eps, v = eps - o, and the network's v_theta gives x_theta = z_t - t v_theta.
-Data flow: prompts, conditions, latents, images, rewards, advantages, pairs, surrogate, loss, step.
 
 Where this file departs from the paper:
  1. Antithetic noise is on by default: neighbouring strata take eps and -eps. --no-antithetic is the paper's.
- 2. A group may share timesteps and noise (the paper's), one of them, or neither: --share.
- 3. Where M does not divide the sampler's grid, a point between two strata belongs to both in proportion.
- 4. The weight's denominator has a floor of 1e-5; a group whose rewards are all equal has advantage 0.
- 5. An iteration's first step is at theta_old itself, where L_hat(theta_old) is sg(L_hat(theta)) exactly: its
+ 2. Where M does not divide the sampler's grid, a point between two strata belongs to both in proportion.
+ 3. The weight's denominator has a floor of 1e-5; a group whose rewards are all equal has advantage 0.
+ 4. An iteration's first step is at theta_old itself, where L_hat(theta_old) is sg(L_hat(theta)) exactly: its
     theta_old pass is dropped. With --updates U each step takes its own P/U whole groups.
- 6. The KL (Eq. 16) is a mean over the latent's d numbers, as the surrogate is.
+ 5. The KL (Eq. 16) is a mean over the latent's d numbers, as the surrogate is.
 """
 import argparse
 import functools
@@ -39,29 +36,17 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
-from tqdm import tqdm
-
-import rewards
-from rewards import RunError, UsageError
 
 # ---------------------------------------------------------------------------------------------- configuration
 
 @dataclass(frozen=True)
 class Config:
     model: str = "tiny"                # tiny, sd3.5-medium, sd3.5-large, flux.1-dev, a hub id or a folder
-    recipe: str = ""                   # tiny, sd3.5-s1 ... sd3.5-s5, flux (default: the model's)
+    recipe: str = ""                   # tiny, sd3.5-s1, -s3, -s5, flux (default: the model's)
     reward: str = "shapes"             # name[@weights][=weight],... or my_file.py:function (see rewards.py)
     eval_reward: str = ""              # rewards of the evaluation (default: --reward)
-    prompts: str = "shapes"            # FILE.txt, FILE.jsonl, or a built-in set: shapes, hpdv2, geneval, ocr
+    prompts: str = "shapes"            # FILE.txt, FILE.jsonl, or a built-in set: shapes, hpdv2, ocr
     lora: str = ""                     # start from these LoRA weights (an earlier stage's checkpoint)
     iterations: int = 150              # rollout-and-update rounds
     prompts_per_iteration: int = 48    # P, over all ranks
@@ -95,36 +80,31 @@ class Config:
     eval_every: int = 10               # iterations between evaluations
     save_every: int = 10               # iterations between checkpoints
 
-CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none"), dtype=("fp32", "bf16"),
-               weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"))
 LEAST = dict(iterations=1, prompts_per_iteration=1, group_size=2, updates=1, steps=1, n_mc=1, eval_every=1,
              save_every=1)
-MODELS = {"sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-          "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-          "flux.1-dev": "black-forest-labs/FLUX.1-dev"}
-
+MODELS = {name: f"stabilityai/stable-diffusion-{name[2:]}" for name in ("sd3.5-medium", "sd3.5-large")}
+MODELS["flux.1-dev"] = "black-forest-labs/FLUX.1-dev"
 # Overrides of Config. The README says of each value whether it is the paper's, a peer's or ours.
 SD35 = dict(resolution=512, dtype="bf16", checkpointing=True, micro_batch=6)
-PREFERENCE = dict(SD35, reward="hpsv2,pickscore,clipscore", prompts="hpdv2", iterations=150)
-TASK = dict(SD35, n_mc=10, updates=2, soft_clip=0.0)
+PREFERENCE = dict(SD35, reward="hpsv2,pickscore,clipscore", prompts="hpdv2")
 RECIPES = {
     "tiny": dict(iterations=110, prompts_per_iteration=6, steps=10, solver="euler", lora_rank=0, lr=6e-4,
-                 eval_reward="shapes,shapes-strict=0"),
+                 eval_reward="shapes,shapes-strict=0", eval_every=20),
     "sd3.5-s1": PREFERENCE,
-    "sd3.5-s2": dict(TASK, reward="geneval", prompts="geneval", iterations=100, clip=1e-2),
     "sd3.5-s3": PREFERENCE,
-    "sd3.5-s4": dict(TASK, reward="geneval", prompts="geneval", iterations=25, clip=1e-2),
-    "sd3.5-s5": dict(TASK, reward="ocr", prompts="ocr", iterations=15, kl=0.3),
+    "sd3.5-s5": dict(SD35, reward="ocr", prompts="ocr", iterations=15, updates=2, n_mc=10, kl=0.3,
+                     soft_clip=0.0),
     "flux": dict(reward="hpsv2,pickscore,imagereward", prompts="hpdv2", iterations=300, updates=4, steps=16,
                  prompts_per_iteration=32, group_size=12, guidance=3.5, resolution=720, clip=1e-2, lr=1e-5,
                  soft_clip=0.0, lora_rank=0, ema=0.0, dtype="bf16", checkpointing=True, micro_batch=3),
 }
+CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none"), dtype=("fp32", "bf16"),
+               weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"), recipe=tuple(RECIPES))
 
 def parse_config(argv=None):
     """Config from the command line: a flag per field, its help the comment beside the field."""
     def fail(message):
         raise UsageError(message)
-
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser("vgrpo.py", description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -140,13 +120,14 @@ def parse_config(argv=None):
     flags = vars(parser.parse_args(argv))
     if "resume" in flags:                                          # that run's flags, under those given now
         out = flags["resume"] or flags.get("out") or fail("--resume: name the folder of a run")
-        stored, flags["resume"], flags["out"] = Path(out) / "config.json", out, out
-        flags = {**(json.loads(stored.read_text())["flags"] if stored.exists() else {}), **flags}
+        stored = Path(out) / "config.json"
+        if flags["resume"] and not stored.exists():
+            fail(f"--resume {out}: holds no run, it has no config.json")
+        before = json.loads(stored.read_text())["flags"] if stored.exists() else {}
+        flags = {**before, **flags, "resume": out, "out": out}
     model = flags.get("model", Config.model)
     family = "flux" if "flux" in model.lower() else "tiny" if model == "tiny" else "sd3.5-s1"
-    recipe = flags.get("recipe") or family
-    if recipe not in RECIPES:
-        fail(f"--recipe {recipe}: unknown; choose one of {', '.join(RECIPES)}")
+    recipe = flags.get("recipe", family)
     cfg = Config(**{**RECIPES[recipe], **flags, "recipe": recipe})
     for name, value in asdict(cfg).items():
         least = LEAST.get(name, 0)
@@ -156,9 +137,24 @@ def parse_config(argv=None):
         fail(f"--ema {cfg.ema}: must be below 1, such as 0.9; 0 is off")
     if cfg.resolution % 16:
         fail(f"--resolution {cfg.resolution}: use a multiple of 16, as {cfg.resolution // 16 * 16 + 16}")
-    if cfg.lora and not (cfg.lora_rank and Path(cfg.lora).exists()):
+    if cfg.lora and not cfg.resume and not (cfg.lora_rank and Path(cfg.lora).exists()):
         fail(f"--lora {cfg.lora}: must be an earlier stage's weights, and --lora-rank their rank")
     return cfg
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")               # not a line for each optional package
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):        # help need not wait for torch
+    parse_config()
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import rewards
+from rewards import RunError, UsageError
 
 # -------------------------------------------------------------------------------------------------- the paper
 
@@ -168,10 +164,8 @@ def add_noise(o, t, eps):
     return (1 - t) * o + t * eps
 
 def draw_pairs(gen, sigmas, G, M, shape, share="both", stratified=True, antithetic=True):
-    """Timestep-noise pairs of one group (section on variance reduction): t [G, M], eps [G, M, *shape].
-
-    sigmas [n] is the sampler's grid. Shared parts are drawn once and broadcast over the group's G images.
-    """
+    """Timestep-noise pairs of one group: t [G, M] of the sampler's grid sigmas [n], eps [G, M, *shape].
+    What is shared is drawn once and broadcast over the group's G images."""
     u = torch.rand(1 if share in ("both", "timestep") else G, M, generator=gen)
     if stratified:
         u = (torch.arange(M) + u) / M                              # one u in each [j/M, (j+1)/M)
@@ -198,7 +192,7 @@ def surrogate(v, o, t, eps, weight="adaptive"):
     else:
         error = x - o
     error = error.flatten(2)
-    loss = error.square().mean(-1)                                 # [B, M], mean over the d numbers
+    loss = error.square().mean(-1)                                 # [B, M], a mean over the d numbers
     if weight == "adaptive":
         loss = loss / error.detach().abs().mean(-1).clamp(min=1e-5)         # detach: the paper's sg
     return loss.mean(-1), x
@@ -214,11 +208,9 @@ def group_advantages(rewards):
     return torch.where(std > 1e-6, (rewards - mean) / (std + 1e-6), 0.0).nan_to_num(0.0).float()
 
 def combine_rewards(rewards, weights, rule="advantage"):
-    """Advantages of K rewards, weights normalised to sum 1.  rewards [K, P, G], weights [K] -> [P, G]
-
-    "advantage": weighted sum of each reward's group advantages; "sum": group advantages of the weighted sum.
-    """
-    weights = weights / weights.sum()
+    """Advantages [P, G] of rewards [K, P, G] under weights [K], which are normalised to sum 1.
+    "advantage": the weighted sum of their group advantages; "sum": group advantages of the weighted sum."""
+    rewards, weights = rewards[weights > 0], weights[weights > 0] / weights.sum()     # 0: reported only
     if rule == "sum":
         return group_advantages(torch.einsum("k,kpg->pg", weights, rewards))
     return torch.einsum("k,kpg->pg", weights.float(), group_advantages(rewards))
@@ -242,6 +234,8 @@ def vgrpo_loss(surrogate, surrogate_old, advantages, clip=0.0, kl=0.0, x=None, x
 
 # ----------------------------------------------------------------------------------- ranks and random numbers
 
+MAIN = os.environ.get("RANK", "0") == "0"                          # this process prints and writes
+
 def start_ranks():
     """Join torchrun's process group, if there is one. -> rank, number of ranks, this rank's device"""
     device = torch.device("cpu")
@@ -250,11 +244,8 @@ def start_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True               # of what is left in fp32
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
-
-def is_main():
-    return int(os.environ.get("RANK", 0)) == 0
 
 def layout(P, updates, rank, ranks):
     """A rank's groups, update by update: an update has the same groups on any number of ranks. -> indices"""
@@ -306,7 +297,8 @@ class Policy:
 
     def hear_network(self, module, args, kwargs, output):
         if self.listening and len(self.calls) < 2:
-            self.calls.append((kwargs, output[0]))
+            named = dict(zip(inspect.signature(module.forward).parameters, args))
+            self.calls.append(({**named, **kwargs}, output[0]))
 
     def hear_scheduler(self, model_output, *args, **kwargs):
         result = self.scheduler_step(model_output, *args, **kwargs)
@@ -315,10 +307,8 @@ class Policy:
 
     @torch.no_grad()
     def generate(self, prompts, generators, **options):
-        """One call of the pipeline, a generator per image, so that its noise is its own.
-
-        -> images [B, 3, H, W] uint8 on the CPU; .latents [B, ...] and .calls are heard
-        """
+        """One call of the pipeline, every image with noise of its own.
+        -> images [B, 3, H, W] uint8 on the CPU; .latents [B, ...] and .calls are heard"""
         self.listening, self.calls = True, []
         images = self.pipe(prompt=prompts, num_images_per_prompt=len(generators) // len(prompts),
                            generator=generators, **{**self.options, **options})[0]
@@ -338,7 +328,7 @@ class Policy:
         self.per_image = {name for name in lists if (len(first[name]), len(three[name])) == (2, 3)}
         self.dtype = first["hidden_states"].dtype
         s, tau = self.sigmas().tolist(), [call[self.time][0].item() for call in (first, second)]
-        self.a = float(f"{(tau[0] - tau[1]) / (s[0] - s[1]):.1e}")         # 1000, 1 or -1: bf16 rounds times
+        self.a = float(f"{(tau[0] - tau[1]) / (s[0] - s[1]):.0e}")         # 1000, 1 or -1: bf16 rounds times
         self.b = abs(self.a) * round((tau[0] - self.a * s[0]) / abs(self.a))
         self.sign = 1.0 if (output * self.model_output).sum() > 0 else -1.0
         with torch.no_grad():
@@ -347,8 +337,7 @@ class Policy:
         if not gap.norm() <= (1e-4 if self.dtype == torch.float32 else 5e-2) * self.model_output.norm():
             raise UsageError(f"--model: {type(self.pipe).__name__} does not step along its network's output")
 
-    def sigmas(self):
-        """The sampler's grid [steps], without its final 0."""
+    def sigmas(self):                                              # the sampler's grid [steps], without its 0
         return self.pipe.scheduler.sigmas[:-1].float().cpu()
 
     def conditions(self):
@@ -400,12 +389,12 @@ def load_policy(cfg, device):
         transformer = pipe.transformer
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"--model {cfg.model}: cannot load {name} ({str(error).strip().splitlines()[0]}); "
-                         f"give tiny, {', '.join(MODELS)}, or a pipeline's hub id or folder; a gated one wants its "
-                         "licence accepted on the hub and `hf auth login`") from error
+                         f"give tiny, {', '.join(MODELS)}, or a pipeline's hub id or folder; a gated one "
+                         "wants its licence accepted on the hub and `hf auth login`") from error
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval().to(device)
-    if hasattr(pipe.vae, "enable_slicing"):
+    if cfg.model != "tiny" and hasattr(pipe.vae, "enable_slicing"):        # tiny ones are faster together
         pipe.vae.enable_slicing()
     if cfg.lora_rank:
         add_lora(transformer, cfg)
@@ -439,10 +428,7 @@ ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|t
 LORA_TARGETS = {"FluxTransformer2DModel": ATTENTION + r"|ff(_context)?\.net\.(0\.proj|2)"}
 
 def add_lora(transformer, cfg):
-    """Make targeted linear layers y + (alpha / r) B A x: A gaussian, B zero, both fp32.
-
-    The targets are the peers'; a whole "attn" in them leaves SD3.5's second attention, attn2, alone.
-    """
+    """Linear layers become y + (alpha / r) B A x, fp32, B = 0: the peers' targets, so not SD3.5's attn2."""
     pattern = re.compile(rf"(.*\.)?({LORA_TARGETS.get(type(transformer).__name__, ATTENTION)})")
     targets = {name: module for name, module in transformer.named_modules()
                if isinstance(module, nn.Linear) and pattern.fullmatch(name)}
@@ -499,7 +485,7 @@ def tiny_pipeline():
     """The folder of a small real StableDiffusion3Pipeline that draws shapes; made once, then cached."""
     cache = Path(os.environ.get("VGRPO_CACHE", Path.home() / ".cache" / "vgrpo"))
     folder, partial = cache / "tiny-sd3-v1", cache / f"partial-{os.getpid()}"
-    if is_main() and not folder.exists():
+    if MAIN and not folder.exists():
         print(f"first use: pretraining the tiny Stable Diffusion 3, 2 minutes on two cores; kept in {folder}")
         with torch.random.fork_rng(devices=[]):                    # modules are drawn from the global state
             torch.manual_seed(0)
@@ -598,8 +584,8 @@ def load_prompts(cfg):
     """-> items to train on, items to evaluate on; an item is a dict of "prompt" and its metadata."""
     if cfg.prompts == "shapes":
         items = [{"prompt": prompt} for prompt in shape_prompts()]
-    elif cfg.prompts in ("geneval", "ocr"):
-        items = getattr(rewards, f"{cfg.prompts}_prompts")(4000, seed=0)
+    elif cfg.prompts == "ocr":
+        items = rewards.ocr_prompts(4000, seed=0)
     else:
         items = read_prompts(cfg.prompts)
     held_out = min(len(items) // 10, 48)
@@ -617,10 +603,10 @@ def read_prompts(name):
                      for style in ("anime", "concept-art", "paintings", "photo")]
             prompts = [prompt for file in files for prompt in json.loads(Path(file).read_text())]
             return [{"prompt": prompt} for prompt in dict.fromkeys(prompts)]
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        lines = Path(name).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"--prompts {name}: cannot be read ({str(error).splitlines()[0]}); give a FILE.txt "
-                         "or FILE.jsonl in UTF-8, or shapes, geneval, ocr, hpdv2 (from the hub)") from error
+                         "or FILE.jsonl in UTF-8, or shapes, ocr, hpdv2 (from the hub)") from error
     items = []
     for number, line in enumerate(lines, 1):
         try:
@@ -629,10 +615,9 @@ def read_prompts(name):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f'--prompts {name}, line {number}: no object with a string "prompt"') from error
         items.append(item)
-    items = [item for item in items if item["prompt"]]
-    if not items:
+    if not any(item["prompt"] for item in items):
         raise UsageError(f"--prompts {name}: is empty; write a prompt per line")
-    return items
+    return [item for item in items if item["prompt"]]
 
 def pick(items, cfg, iteration, index):
     """The item of group `index`: every one is used once before any comes again."""
@@ -669,8 +654,8 @@ def collect(policy, items, G, cfg, *key):
 def score(scorer, groups, P, device):
     """-> rewards [K, P, G] fp64 of the groups of all ranks; NaN where an image could not be scored"""
     items = [group.item for group in groups for _ in group.images]
-    images = torch.cat([group.images for group in groups]) / 255
-    scores = scorer(images, [item["prompt"] for item in items], items)
+    pixels = torch.cat([group.images for group in groups]) / 255
+    scores = scorer(pixels, [item["prompt"] for item in items], items)
     table = torch.zeros(len(scores), P, len(items) // len(groups), dtype=torch.float64)
     for row, name in zip(table, scorer.weights):
         row[[group.index for group in groups]] = scores[name].double().view(len(groups), -1)
@@ -683,16 +668,14 @@ def evaluate(policy, scorer, items, cfg, rank, ranks):
     groups = collect(policy, mine, G, cfg, "evaluation")
     table, weights = score(scorer, groups, P, policy.device)[:, :len(items)], scorer.weights
     metrics = {f"eval/{name}": row.nanmean().item() for name, row in zip(weights, table)}
-    metrics["eval"] = sum(weights[name] * metrics[f"eval/{name}"] for name in weights) / sum(weights.values())
+    shares = [weight * metrics[f"eval/{name}"] for name, weight in weights.items() if weight]
+    metrics["eval"] = sum(shares) / sum(weights.values())
     return metrics, groups, table
 
 # ------------------------------------------------------------------------------------------------- the update
 
 def estimate(policy, group, rows, cfg, iteration):
-    """L_hat [B] and x_theta [B, M, ...] of some of a group's images, on the group's pairs.
-
-    The pairs are drawn again from their key where they are needed, instead of being kept.
-    """
+    """L_hat [B], x_theta [B, M, ...] of some of a group's images; the pairs are drawn anew from their key."""
     o = group.latents[rows]
     key = generator(cfg.seed, "pairs", iteration, group.index)
     t, eps = draw_pairs(key, policy.sigmas(), cfg.group_size, cfg.n_mc, o.shape[1:], cfg.share,
@@ -743,13 +726,15 @@ def start_log(out, cfg, iteration):
     (out / "samples").mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    run = {"flags": asdict(cfg), "versions": versions, "commit": commit}
-    (out / "config.json").write_text(json.dumps(run, indent=2))
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    partial = out / "config.partial"
+    partial.write_text(json.dumps(dict(flags=asdict(cfg), versions=versions, commit=commit), indent=2))
+    partial.rename(out / "config.json")
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() and iteration else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-    path.write_text("".join(kept))
+    with open(path, "ab") as file:
+        file.truncate(len("".join(kept).encode()))
     def log(values):
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
@@ -767,8 +752,8 @@ def save_grid(path, groups, table):
         picture = Image.fromarray(group.images[i].permute(1, 2, 0).numpy())
         picture = picture.resize((side, side), Image.NEAREST if side > picture.width else Image.LANCZOS)
         sheet.paste(picture, (x, y))
-        label = f"{table[0, group.index, i]:.2f} {group.item['prompt']}"
-        ImageDraw.Draw(sheet).text((x, y + side + 2), label[:side // 6], fill="black")
+        label = f"{table[0, group.index, i]:.2f} {group.item['prompt']}"[:side // 6]
+        ImageDraw.Draw(sheet).text((x, y + side + 2), label, fill="black")
     sheet.save(path)
 
 def save_checkpoint(out, iteration, state, transformer, cfg):
@@ -800,7 +785,7 @@ def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
     stats, norm = update(policy, params, optimizer, ema, groups, advantages, cfg, iteration)
     clock.append(time.perf_counter())
 
-    total = torch.einsum("k,kpg->pg", weights / weights.sum(), table)
+    total = torch.einsum("k,kpg->pg", weights / weights.sum(), table.where(weights[:, None, None] > 0, 0.0))
     L, ratio = stats["surrogate"], stats["ratio"]
     beyond = (ratio - 1) * advantages.sign() > (cfg.clip or math.inf)
     memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -819,7 +804,6 @@ def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
     }
 
 def train(cfg):
-    """Set up, or pick up where --resume says, and iterate."""
     from diffusers.training_utils import EMAModel
     rank, ranks, device = start_ranks()
     indices = layout(cfg.prompts_per_iteration, cfg.updates, rank, ranks)
@@ -829,11 +813,13 @@ def train(cfg):
     for judge, items in ((scorer, train_items), (eval_scorer, eval_items)):
         judge.check([item["prompt"] for item in items], items)
     policy, trainable = load_policy(cfg, device)
-    if cfg.lora:
-        load_weights(Path(cfg.lora), trainable, cfg, "--lora")
     params = list(trainable.values())
     out = Path(cfg.out or f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folders = sorted((out / "checkpoints").glob("[0-9]*")) if cfg.resume else []
+    folders = sorted((out / "checkpoints").glob("[0-9]*"))
+    if folders and not cfg.resume:
+        raise UsageError(f"--out {out}: holds a run; continue it with --resume, or name another")
+    if cfg.lora and not folders:
+        load_weights(Path(cfg.lora), trainable, cfg, "--lora")
     done = int(folders[-1].name) if folders else 0
     ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) at step s
     ema.optimization_step = done * cfg.updates
@@ -845,7 +831,7 @@ def train(cfg):
             optimizer.state[p][key] = state[key][name] = torch.zeros_like(p)
     for name, weights in state.items() if folders else ():         # all that determines the next number
         load_weights(folders[-1] / name, weights, cfg, "--resume")
-    log = start_log(out, cfg, done) if is_main() else lambda values: None
+    log = start_log(out, cfg, done) if MAIN else lambda values: None
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):                 # the iteration under way is finished
         signal.signal(number, lambda number, frame: caught.append(number))
@@ -856,13 +842,13 @@ def train(cfg):
         metrics, groups, table = evaluate(policy, eval_scorer, eval_items, cfg, rank, ranks)
         ema.restore(params)
         log({"iteration": iteration, **metrics})
-        if is_main():
+        if MAIN:
             save_grid(out / "samples" / f"{iteration:06d}.png", groups, table)
             tqdm.write(f"iteration {iteration}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
 
     if not done:
         look(0)
-    bar = tqdm(range(done + 1, cfg.iterations + 1), initial=done, total=cfg.iterations, disable=not is_main())
+    bar = tqdm(range(done + 1, cfg.iterations + 1), initial=done, total=cfg.iterations, disable=not MAIN)
     for iteration in bar:
         items = {index: pick(train_items, cfg, iteration, index) for index in indices}
         metrics = improve(policy, params, optimizer, ema, scorer, items, cfg, iteration)
@@ -872,18 +858,18 @@ def train(cfg):
         last = iteration == cfg.iterations
         if iteration % cfg.eval_every == 0 or last:
             look(iteration)
-        if is_main() and (iteration % cfg.save_every == 0 or last or stop):
+        if MAIN and (iteration % cfg.save_every == 0 or last or stop):
             save_checkpoint(out, iteration, state, policy.transformer, cfg)
         if stop:
             sys.exit(128 + (caught or [signal.SIGTERM])[0])
-    if is_main():
+    if MAIN:
         print(f"done: {out}")
 
 def main(argv=None):
     try:
         train(parse_config(argv))
-    except (UsageError, RunError, OSError) as error:
-        if is_main() or not isinstance(error, UsageError):
+    except (UsageError, RunError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        if MAIN or not isinstance(error, UsageError):
             print(f"vgrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     if dist.is_initialized():
