@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     
 HERE = Path(__file__).parent
 TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_second", "peak_memory_gb")
 SMALL = ["--iterations", "2", "--prompts-per-iteration", "4", "--group-size", "3", "--steps", "3", "--n-mc", "2",
-         "--save-every", "1"]
+         "--save-every", "1", "--reward", "incompressibility", "--eval-reward", "incompressibility"]
 
 
 def gen(*key):
@@ -508,10 +508,10 @@ def test_run_folder_and_metrics(blank, tmp_path):
     out = tmp_path / "run"
     lines = run(out, "--updates", "2", "--eval-every", "1", "--lora-rank", "4")
     assert [line["iteration"] for line in lines] == [0, 1, 1, 2, 2]
-    assert {"iteration", "eval", "eval/shapes", "eval/shapes-strict"} == lines[0].keys()
+    assert {"iteration", "eval", "eval/incompressibility"} == lines[0].keys() and lines[1]["grad_norm"] > 0
     names = set(re.search(r"per iteration: `([^`]*)`", (HERE / "README.md").read_text())[1].split(", "))
     raw = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
-    assert set(raw) == names - {"reward/<name>"} | {"reward/shapes"}
+    assert set(raw) == names - {"reward/<name>"} | {"reward/incompressibility"}
     assert (raw["nfe_rollout"], raw["nfe_old"], raw["nfe_train"]) == (3, 1, 2)
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["000000.png", "000001.png", "000002.png"]
     folder = out / "checkpoints" / "000002"
@@ -523,6 +523,7 @@ def test_run_folder_and_metrics(blank, tmp_path):
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2", "--kl", "0.1")])
 def test_a_resumed_run_equals_one_that_never_stopped(blank, tmp_path, flags):
     whole = run(tmp_path / "a", "--iterations", "4", "--eval-every", "2", *flags)
+    assert all(line["grad_norm"] > 0 for line in whole if "reward" in line)
     run(tmp_path / "b", "--iterations", "3", "--eval-every", "2", *flags)
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:      # a crash: lines beyond the last checkpoint,
         file.write('{"iteration": 4, "reward": 9}\n{"iterat')      # and half of one
@@ -590,6 +591,7 @@ def test_two_ranks_give_the_numbers_of_one(blank, tmp_path, flags):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
     one = run(tmp_path / "one", *flags)
+    assert one[1]["grad_norm"] > 0
     close(one, metrics(tmp_path / "two"), 1e-4)
     vgrpo.main(["--resume", str(tmp_path / "two"), "--iterations", "3"])     # and on other ranks again
     vgrpo.main(["--resume", str(tmp_path / "one"), "--iterations", "3"])
