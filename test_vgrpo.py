@@ -528,7 +528,7 @@ def test_run_folder_and_metrics(blank, tmp_path):
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2", "--kl", "0.1")])
 def test_a_resumed_run_equals_one_that_never_stopped(blank, tmp_path, flags):
     whole = run(tmp_path / "a", "--iterations", "4", "--eval-every", "2", *flags)
-    assert all(line["grad_norm"] > 0 for line in whole if "reward" in line)
+    assert any(line["grad_norm"] > 0 for line in whole if "reward" in line)
     run(tmp_path / "b", "--iterations", "3", "--eval-every", "2", *flags)
     with open(tmp_path / "b" / "metrics.jsonl", "a") as file:      # a crash: lines beyond the last checkpoint,
         file.write('{"iteration": 4, "reward": 9}\n{"iterat')      # and half of one
