@@ -27,6 +27,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"                # read when the hub's library 
 import rewards  # noqa: E402
 import vgrpo  # noqa: E402
 
+sys.path.append(str(Path(__file__).parent / "assets"))
+import tiny  # noqa: E402
+
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow" needs no file to name it
 HERE = Path(__file__).parent
 TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_second", "peak_memory_gb")
@@ -41,21 +44,6 @@ def redness(images, prompts, metadata):
 
 def gen(*key):
     return vgrpo.generator("test", *key)
-
-
-@pytest.fixture(scope="session")
-def blank_cache(tmp_path_factory):
-    """A cache whose tiny pipeline has random weights: enough for everything but learning."""
-    folder = tmp_path_factory.mktemp("cache")
-    torch.manual_seed(0)
-    vgrpo.blank_tiny().save_pretrained(folder / "tiny-sd3-v1")
-    return folder
-
-
-@pytest.fixture
-def blank(blank_cache, monkeypatch):
-    monkeypatch.setenv("VGRPO_CACHE", str(blank_cache))
-    return blank_cache
 
 
 def load(*flags):
@@ -99,7 +87,7 @@ def test_add_noise_goes_from_data_to_noise():
 @pytest.mark.parametrize("n, M", [(40, 4), (16, 4), (10, 4), (10, 3), (4, 8)])
 def test_strata_one_timestep_in_each_and_every_grid_point_equally_often(n, M):
     sigmas = torch.linspace(1, 1 / n, n)
-    draws = torch.stack([vgrpo.draw_pairs(gen(i), sigmas, 1, M, (1,))[0][0] for i in range(4000)])
+    draws = torch.stack([vgrpo.draw_pairs(gen(i), sigmas, torch.zeros(1), M, (1,))[0][0] for i in range(4000)])
     index = torch.round(n * (1 - draws)).long()
     for j in range(M):
         assert index[:, j].min() == j * n // M and index[:, j].max() == math.ceil((j + 1) * n / M) - 1
@@ -108,17 +96,17 @@ def test_strata_one_timestep_in_each_and_every_grid_point_equally_often(n, M):
 
 
 def test_without_strata_two_timesteps_may_fall_in_one():
-    t = torch.stack([vgrpo.draw_pairs(gen(i), torch.linspace(1, .1, 10), 1, 2, (1,), stratified=False)[0][0]
-                     for i in range(100)])
+    grid, A = torch.linspace(1, .1, 10), torch.zeros(1)
+    t = torch.stack([vgrpo.draw_pairs(gen(i), grid, A, 2, (1,), stratified=False)[0][0] for i in range(100)])
     assert ((t[:, 0] > .5) == (t[:, 1] > .5)).any()
 
 
 @pytest.mark.parametrize("M", [4, 5])
-@pytest.mark.parametrize("share", ["both", "timestep", "noise", "none"])
+@pytest.mark.parametrize("share", ["both", "timestep", "noise", "none", "matched"])
 def test_antithetic_noise_cancels_and_keeps_the_strata(share, M):
     grid = torch.linspace(1, .05, 20)
-    t, eps = vgrpo.draw_pairs(gen(1), grid, 3, M, (4, 2), share, antithetic=True)
-    plain_t, plain = vgrpo.draw_pairs(gen(1), grid, 3, M, (4, 2), share, antithetic=False)
+    t, eps = vgrpo.draw_pairs(gen(1), grid, torch.zeros(3), M, (4, 2), share, antithetic=True)
+    plain_t, plain = vgrpo.draw_pairs(gen(1), grid, torch.zeros(3), M, (4, 2), share, antithetic=False)
     even = M - M % 2
     assert torch.equal(eps[:, :even].sum(1), torch.zeros(3, 4, 2)) and eps[:, 0].abs().min() > 0
     assert torch.equal(t, plain_t) and torch.equal(eps[:, even:], plain[:, even:])
@@ -127,16 +115,25 @@ def test_antithetic_noise_cancels_and_keeps_the_strata(share, M):
 
 @pytest.mark.parametrize("share, same_t, same_eps", [("both", 1, 1), ("timestep", 1, 0), ("noise", 0, 1), ("none", 0, 0)])
 def test_sharing(share, same_t, same_eps):
-    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .01, 100), 6, 4, (3, 2), share)
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .01, 100), torch.zeros(6), 4, (3, 2), share)
     assert t.shape == (6, 4) and eps.shape == (6, 4, 3, 2)
     assert bool((t == t[:1]).all()) == bool(same_t) and bool((eps == eps[:1]).all()) == bool(same_eps)
+
+
+def test_matched_sharing_pairs_the_best_with_the_worst():
+    for A, partners in (([.3, -1, 2, .5, -2, 0], [5, 3, 4, 1, 2, 0]), ([1, -1, 0, 2, -2], [1, 0, 2, 4, 3])):
+        t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .001, 1000), torch.tensor(A), 4, (3, 2), "matched")
+        for i, j in enumerate(partners):
+            assert torch.equal(t[i], t[j]) and torch.equal(eps[i], eps[j])
+            others = [k for k in range(len(A)) if k not in (i, j)]
+            assert (t[others] != t[i]).any(1).all() and (eps[others] != eps[i]).flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize("weight", ["adaptive", "x", "v", "eps"])
 def test_surrogate_against_a_plain_loop(weight):
     B, M, shape = 3, 4, (2, 3, 3)
     o, v = torch.randn(B, *shape, generator=gen(0)), torch.randn(B, M, *shape, generator=gen(1))
-    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), B, M, shape, "none")
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), torch.zeros(B), M, shape, "none")
     L, x = vgrpo.surrogate(v, o, t, eps, weight)
     for b in range(B):
         total = 0.0
@@ -152,7 +149,7 @@ def test_surrogate_against_a_plain_loop(weight):
 
 def test_no_gradient_through_the_adaptive_weight():
     o, v = torch.randn(2, 5, generator=gen(0)), torch.randn(2, 3, 5, generator=gen(1), requires_grad=True)
-    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), 2, 3, (5,))
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), torch.zeros(2), 3, (5,))
     vgrpo.surrogate(v, o, t, eps)[0].sum().backward()
     s = t[..., None]
     x = (1 - s) * o[:, None] + s * eps - s * v.detach()
@@ -163,14 +160,14 @@ def test_no_gradient_through_the_adaptive_weight():
 @pytest.mark.parametrize("weight", ["adaptive", "x", "v", "eps"])
 def test_the_true_velocity_recovers_the_data(weight):
     o = torch.randn(2, 4, 2, 2, generator=gen(0))
-    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), 2, 4, (4, 2, 2), "none")
+    t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), torch.zeros(2), 4, (4, 2, 2), "none")
     L, x = vgrpo.surrogate(eps - o[:, None], o, t, eps, weight)
     assert torch.allclose(x, o[:, None].expand_as(x), atol=1e-6) and L.max() < 1e-5
 
 
 @pytest.mark.parametrize("stratified", [True, False])
 @pytest.mark.parametrize("antithetic", [True, False])
-@pytest.mark.parametrize("share", ["both", "timestep", "noise", "none"])
+@pytest.mark.parametrize("share", ["both", "timestep", "noise", "none", "matched"])
 def test_estimator_is_unbiased_in_every_mode(share, antithetic, stratified):
     """For the network v = a z the expectation over the grid and the noise has a closed form."""
     a, G, M, d, grid = 0.3, 2, 3, 6, torch.linspace(1, .1, 10)
@@ -178,7 +175,8 @@ def test_estimator_is_unbiased_in_every_mode(share, antithetic, stratified):
     exact = ((a * (1 - grid) + 1) ** 2 * o.square().mean(1, keepdim=True) + (a * grid - 1) ** 2).mean(1)
     draws = []
     for i in range(1000):
-        t, eps = vgrpo.draw_pairs(gen(share, antithetic, i), grid, G, M, (d,), share, stratified, antithetic)
+        key, A = gen(share, antithetic, i), torch.arange(G)
+        t, eps = vgrpo.draw_pairs(key, grid, A, M, (d,), share, stratified, antithetic)
         draws.append(vgrpo.surrogate(a * vgrpo.add_noise(o[:, None], t, eps), o, t, eps, "v")[0])
     draws = torch.stack(draws)
     assert ((draws.mean(0) - exact).abs() < 4.5 * draws.std(0) / math.sqrt(len(draws))).all()
@@ -281,7 +279,7 @@ def small_flux():
 
 def small_sd3():
     torch.manual_seed(0)
-    return vgrpo.blank_tiny()
+    return tiny.blank()
 
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
@@ -308,7 +306,7 @@ def test_velocity_is_what_the_pipeline_used_at_every_step(family, solver, size, 
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
-def test_rollout_is_an_ode_solver_of_that_velocity(blank, solver):
+def test_rollout_is_an_ode_solver_of_that_velocity(solver):
     """Euler and second-order DPM-Solver++ for flows, written out, give the latents the pipeline gave."""
     _, policy, _ = load("--solver", solver, "--steps", "6")
     policy.generate(["a red circle on the left"], [gen(0)])
@@ -331,7 +329,7 @@ def test_rollout_is_an_ode_solver_of_that_velocity(blank, solver):
     assert (z - o).abs().max() < 1e-5
 
 
-def test_an_image_depends_on_its_own_noise_only(blank):
+def test_an_image_depends_on_its_own_noise_only():
     _, policy, _ = load("--steps", "4")
     alone = policy.generate(["a red circle on the left"], [gen(1)])
     latents = policy.latents
@@ -340,7 +338,7 @@ def test_an_image_depends_on_its_own_noise_only(blank):
     assert alone.dtype == torch.uint8 and not torch.allclose(policy.latents[0], policy.latents[1])
 
 
-def test_a_prompt_is_encoded_once(blank, monkeypatch):
+def test_a_prompt_is_encoded_once(monkeypatch):
     _, policy, _ = load("--steps", "2")
     calls = []
     policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
@@ -349,7 +347,7 @@ def test_a_prompt_is_encoded_once(blank, monkeypatch):
     assert len(calls) == 1
 
 
-def test_a_pipeline_that_is_no_flow_is_refused(blank):
+def test_a_pipeline_that_is_no_flow_is_refused():
     from diffusers import DDIMScheduler
     pipe = small_sd3()
     pipe.scheduler = DDIMScheduler()
@@ -360,7 +358,7 @@ def test_a_pipeline_that_is_no_flow_is_refused(blank):
 # ---- LoRA and weight files
 
 
-def test_lora_changes_nothing_at_its_start_and_leaves_attn2_alone(blank):
+def test_lora_changes_nothing_at_its_start_and_leaves_attn2_alone():
     z, t = torch.randn(2, 4, 8, 8, generator=gen(0)), torch.tensor([.3, .8])
     outputs = []
     for rank in ("0", "4"):
@@ -381,7 +379,7 @@ def shift_lora(trainable):
 
 
 @pytest.mark.parametrize("alpha", ["4", "12"])
-def test_an_exported_lora_gives_diffusers_the_same_images(blank, tmp_path, alpha):
+def test_an_exported_lora_gives_diffusers_the_same_images(tmp_path, alpha):
     pytest.importorskip("peft")
     from diffusers import StableDiffusion3Pipeline
     cfg, policy, trainable = load("--lora-rank", "4", "--lora-alpha", alpha, "--steps", "4")
@@ -390,7 +388,8 @@ def test_an_exported_lora_gives_diffusers_the_same_images(blank, tmp_path, alpha
     after = policy.generate(["a red circle on the left"], [gen(0)])
     latents = policy.latents
     vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
-    pipe = StableDiffusion3Pipeline.from_pretrained(blank / "tiny-sd3-v1", text_encoder_3=None, tokenizer_3=None)
+    pipe = StableDiffusion3Pipeline.from_pretrained(vgrpo.MODELS["tiny"], text_encoder_3=None, tokenizer_3=None,
+                                                    dtype=torch.float32)
     pipe.load_lora_weights(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     fresh = pipe(prompt="a red circle on the left", num_inference_steps=4, guidance_scale=0, max_sequence_length=0,
@@ -399,7 +398,7 @@ def test_an_exported_lora_gives_diffusers_the_same_images(blank, tmp_path, alpha
     assert not torch.equal(before, after)
 
 
-def test_a_full_export_is_a_transformer_that_diffusers_loads(blank, tmp_path):
+def test_a_full_export_is_a_transformer_that_diffusers_loads(tmp_path):
     from diffusers import SD3Transformer2DModel
     cfg, policy, trainable = load("--lora-rank", "0")
     shift_lora(trainable)
@@ -409,7 +408,7 @@ def test_a_full_export_is_a_transformer_that_diffusers_loads(blank, tmp_path):
         assert torch.equal(p, trainable[name])
 
 
-def test_lora_flag_starts_from_an_earlier_stage(blank, tmp_path):
+def test_lora_flag_starts_from_an_earlier_stage(tmp_path):
     cfg, policy, trainable = load("--lora-rank", "4", "--lora-alpha", "12")
     shift_lora(trainable)
     vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
@@ -445,7 +444,7 @@ def gradients(policy, trainable, groups, A, cfg):
     return optimizer.grads, stats
 
 
-def test_the_first_step_without_an_old_pass_has_the_two_pass_gradient(blank):
+def test_the_first_step_without_an_old_pass_has_the_two_pass_gradient():
     cfg, policy, trainable = load(*SMALL, "--grad-norm", "0", "--clip", "0.01", "--kl", "0.3")
     groups = rollout(policy, cfg)
     A = torch.randn(4, 3, generator=gen(0))
@@ -454,8 +453,8 @@ def test_the_first_step_without_an_old_pass_has_the_two_pass_gradient(blank):
     total = 0.0
     for group in groups:
         with torch.no_grad():
-            L_old, x_old = vgrpo.estimate(policy, group, slice(0, 3), cfg, 1)
-        L, x = vgrpo.estimate(policy, group, slice(0, 3), cfg, 1)
+            L_old, x_old = vgrpo.estimate(policy, group, slice(0, 3), A, cfg, 1)
+        L, x = vgrpo.estimate(policy, group, slice(0, 3), A, cfg, 1)
         rho = torch.exp(L_old - L)
         bounded = torch.minimum(rho * A[group.index], rho.clamp(.99, 1.01) * A[group.index])
         total = total - bounded.mean() / 4 + .3 * (x - x_old).square().flatten(1).mean() / 4
@@ -463,18 +462,18 @@ def test_the_first_step_without_an_old_pass_has_the_two_pass_gradient(blank):
         assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_the_policy_gradient_is_that_of_the_surrogate(blank):
+def test_the_policy_gradient_is_that_of_the_surrogate():
     """At theta_old the gradient is sum_i A_i grad L_hat_i: no exponential, no clip left in it."""
     cfg, policy, trainable = load(*SMALL, "--grad-norm", "0")
     groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
     (grads,), _ = gradients(policy, trainable, groups, A, cfg)
-    total = sum((vgrpo.estimate(policy, g, slice(0, 3), cfg, 1)[0] * A[g.index]).sum() for g in groups) / 12
+    total = sum((vgrpo.estimate(policy, g, slice(0, 3), A, cfg, 1)[0] * A[g.index]).sum() for g in groups) / 12
     for mine, theirs in zip(grads, torch.autograd.grad(total, list(trainable.values()))):
         assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("micro", ["1", "2"])
-def test_gradients_do_not_depend_on_the_micro_batch(blank, micro):
+def test_gradients_do_not_depend_on_the_micro_batch(micro):
     A = torch.randn(4, 3, generator=gen(0))
     results = []
     for size in ("0", micro):
@@ -484,12 +483,12 @@ def test_gradients_do_not_depend_on_the_micro_batch(blank, micro):
         assert torch.allclose(one, other, atol=1e-5 * one.abs().max().item() + 1e-7)
 
 
-def test_later_steps_of_an_iteration_are_off_policy(blank):
+def test_later_steps_of_an_iteration_are_off_policy():
     """Two updates: whole groups each; the second's ratio and KL are against theta_old, not against themselves."""
     cfg, policy, trainable = load(*SMALL, "--updates", "2", "--kl", "0.1", "--clip", "0.01")
     groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
     optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
-    old = [vgrpo.estimate(policy, group, slice(0, 3), cfg, 1) for group in groups]
+    old = [vgrpo.estimate(policy, group, slice(0, 3), A, cfg, 1) for group in groups]
     stats, _ = vgrpo.update(policy, list(trainable.values()), optimizer, SimpleNamespace(step=lambda p: None), groups, A,
                             cfg, 1)
     assert (stats["ratio"][:2] == 1).all() and (stats["kl"][:2] == 0).all()
@@ -498,7 +497,7 @@ def test_later_steps_of_an_iteration_are_off_policy(blank):
     assert torch.allclose(stats["ratio"][2:], expected.double(), atol=1e-5)
 
 
-def test_guided_and_bf16_runs_step(blank, tmp_path):
+def test_guided_and_bf16_runs_step(tmp_path):
     lines = run(tmp_path / "a", "--guidance", "4", "--lora-rank", "2", "--iterations", "1")
     assert lines[1]["ratio_mean"] == 1 and lines[1]["grad_norm"] > 0
     lines = run(tmp_path / "b", "--dtype", "bf16", "--checkpointing", "--lora-rank", "2", "--iterations",
@@ -509,7 +508,7 @@ def test_guided_and_bf16_runs_step(blank, tmp_path):
 # ---- runs
 
 
-def test_run_folder_and_metrics(blank, tmp_path):
+def test_run_folder_and_metrics(tmp_path):
     out = tmp_path / "run"
     lines = run(out, "--updates", "2", "--eval-every", "1", "--lora-rank", "4")
     assert [line["iteration"] for line in lines] == [0, 1, 1, 2, 2]
@@ -526,7 +525,7 @@ def test_run_folder_and_metrics(blank, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2", "--kl", "0.1")])
-def test_a_resumed_run_equals_one_that_never_stopped(blank, tmp_path, flags):
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, flags):
     whole = run(tmp_path / "a", "--iterations", "4", "--eval-every", "2", *flags)
     assert any(line["grad_norm"] > 0 for line in whole if "reward" in line)
     run(tmp_path / "b", "--iterations", "3", "--eval-every", "2", *flags)
@@ -542,14 +541,14 @@ def test_a_resumed_run_equals_one_that_never_stopped(blank, tmp_path, flags):
                          for one, other in [(load_file(p), load_file(q))] for k in one.keys() | other.keys())
 
 
-def test_resume_before_the_first_checkpoint_starts_over(blank, tmp_path):
+def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
     whole = run(tmp_path / "a")
     assert run(tmp_path / "b", "--resume") == whole                # nothing there yet: a job may always say --resume
     shutil.rmtree(tmp_path / "b" / "checkpoints")                  # killed in its first iteration
     assert run(tmp_path / "b", "--resume") == whole
 
 
-def test_a_run_is_not_overwritten(blank, tmp_path, capsys):
+def test_a_run_is_not_overwritten(tmp_path, capsys):
     run(tmp_path / "a", "--iterations", "1")
     before = metrics(tmp_path / "a")
     with pytest.raises(SystemExit) as end:
@@ -557,7 +556,7 @@ def test_a_run_is_not_overwritten(blank, tmp_path, capsys):
     assert end.value.code == 2 and "--resume" in capsys.readouterr().err and metrics(tmp_path / "a") == before
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(blank, tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
     first, again, other = run(tmp_path / "a"), run(tmp_path / "b"), run(tmp_path / "c", "--seed", "1")
     assert first == again and first[1]["grad_norm"] != other[1]["grad_norm"]
     assert first[0] == other[0]                                    # the evaluation's noise is the same in every run
@@ -590,7 +589,7 @@ def command(*args, ranks=0, **env):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--lora-rank", "4"), ("--micro-batch", "1"), ("--updates", "1")])
-def test_two_ranks_give_the_numbers_of_one(blank, tmp_path, flags):
+def test_two_ranks_give_the_numbers_of_one(tmp_path, flags):
     flags = [*SMALL, "--updates", "2", "--eval-every", "1", *flags]
     process = command(*flags, "--out", tmp_path / "two", ranks=2, OMP_NUM_THREADS="1")
     _, errors = process.communicate(timeout=300)
@@ -605,7 +604,7 @@ def test_two_ranks_give_the_numbers_of_one(blank, tmp_path, flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits(blank, tmp_path, number):
+def test_a_signal_saves_and_exits(tmp_path, number):
     process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run")
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
         time.sleep(.1)
@@ -649,7 +648,7 @@ BAD = [(["--model", "nobody/nothing", "--recipe", "tiny"], "--model nobody/nothi
 
 
 @pytest.mark.parametrize("flags, names", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_input_is_one_line_that_names_it(blank, tmp_path, monkeypatch, capsys, flags, names):
+def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, flags, names):
     monkeypatch.chdir(tmp_path)
     Path("EMPTY.txt").write_text("\n\n")
     Path("BINARY.txt").write_bytes(bytes(range(256)))
@@ -660,14 +659,14 @@ def test_bad_input_is_one_line_that_names_it(blank, tmp_path, monkeypatch, capsy
     assert end.value.code == 2 and len(errors) == 1 and names in errors[0], errors
 
 
-def test_a_checkpoint_of_another_model_is_refused(blank, tmp_path, capsys):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     run(tmp_path / "a", "--lora-rank", "4", "--iterations", "1")
     with pytest.raises(SystemExit) as end:
         vgrpo.main(["--resume", str(tmp_path / "a"), "--lora-rank", "2"])
     assert end.value.code == 2 and "--lora-rank" in capsys.readouterr().err
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_step(blank, tmp_path, monkeypatch, capsys):
+def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path, monkeypatch, capsys):
     surrogate = vgrpo.surrogate
     monkeypatch.setattr(vgrpo, "surrogate", lambda *a: (surrogate(*a)[0] * math.nan, None))
     with pytest.raises(SystemExit) as end:
@@ -691,13 +690,22 @@ def test_prompt_files(tmp_path):
 
 def test_drawn_shapes_are_read_back():
     labels = torch.cartesian_prod(torch.arange(4), torch.arange(3), torch.arange(2))
-    images = vgrpo.draw_shapes(labels.repeat(20, 1), gen(0))
-    prompts = vgrpo.shape_prompts() * 20
+    images = tiny.draw_shapes(labels.repeat(20, 1), gen(0))
+    prompts = tiny.PROMPTS * 20
     images = (images * 255).round() / 255
     assert rewards.shapes(images, prompts, None).mean() >= .97
     assert rewards.shapes_strict(images, prompts, None).mean() >= .97
     assert rewards.shapes(images.roll(1, 0), prompts, None).mean() < .9
     assert rewards.shapes(torch.rand(8, 3, 32, 32, generator=gen(1)), prompts[:8], None).mean() < .4
+
+
+def test_the_tiny_pipeline_can_be_made_again():
+    pipe = tiny.pretrain(vae_steps=2, steps=2)
+    made = vgrpo.load_policy(vgrpo.parse_config([]), torch.device("cpu"))[0].pipe
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        new, old = (getattr(p, name).state_dict() for p in (pipe, made))
+        assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in old.items()}
+    assert pipe.tokenizer(tiny.PROMPTS).input_ids == made.tokenizer(tiny.PROMPTS).input_ids
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -43,10 +45,10 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Config:
     model: str = "tiny"                # tiny, sd3.5-medium, sd3.5-large, flux.1-dev, a hub id or a folder
-    recipe: str = ""                   # tiny, sd3.5-s1, -s3, -s5, flux (default: the model's)
+    recipe: str = ""                   # tiny, sd3.5-s1 ... sd3.5-s5, flux (default: the model's)
     reward: str = "shapes"             # name[@weights][=weight],... or my_file.py:function (see rewards.py)
     eval_reward: str = ""              # rewards of the evaluation (default: --reward)
-    prompts: str = "shapes"            # FILE.txt, FILE.jsonl, or a built-in set: shapes, hpdv2, ocr
+    prompts: str = "shapes"            # FILE.txt, FILE.jsonl, or a built-in set: shapes, hpdv2, geneval, ocr
     lora: str = ""                     # start from these LoRA weights (an earlier stage's checkpoint)
     iterations: int = 150              # rollout-and-update rounds
     prompts_per_iteration: int = 48    # P, over all ranks
@@ -57,7 +59,7 @@ class Config:
     guidance: float = 0.0              # classifier-free or embedded guidance scale, 0 = off
     resolution: int = 0                # image side in pixels, 0 = the pipeline's own
     n_mc: int = 4                      # M, timestep-noise pairs per image
-    share: str = "both"                # what a group shares of its pairs: both, timestep, noise, none
+    share: str = "both"                # of its pairs, a group shares both, timestep, noise, none; or matched
     stratified: bool = True            # one timestep from each of M strata of the sampler's grid
     antithetic: bool = True            # neighbouring strata take eps and -eps
     weight: str = "adaptive"           # of the denoising loss: adaptive (Eq. 14), x, v, eps
@@ -74,6 +76,9 @@ class Config:
     micro_batch: int = 0               # images per network call of an update (M rows each), 0 = a group
     dtype: str = "fp32"                # of the frozen parts and of the network's arithmetic: fp32 or bf16
     checkpointing: bool = False        # recompute activations in the backward pass
+    compile: bool = False              # torch.compile of the transformer's blocks
+    shard: bool = False                # FSDP2: a rank holds its part of the transformer's weights
+    offload: bool = False              # text encoders and rewards wait on the CPU while they are not used
     seed: int = 0                      # of everything that is drawn
     out: str = ""                      # run folder (default: runs/MODEL-TIME)
     resume: str = ""                   # run folder to continue from its last checkpoint (alone: --out's)
@@ -82,24 +87,33 @@ class Config:
 
 LEAST = dict(iterations=1, prompts_per_iteration=1, group_size=2, updates=1, steps=1, n_mc=1, eval_every=1,
              save_every=1)
-MODELS = {name: f"stabilityai/stable-diffusion-{name[2:]}" for name in ("sd3.5-medium", "sd3.5-large")}
-MODELS["flux.1-dev"] = "black-forest-labs/FLUX.1-dev"
+MODELS = {
+    "tiny": str(Path(__file__).with_name("assets") / "tiny-sd3"),      # made by assets/tiny.py
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
+}
 # Overrides of Config. The README says of each value whether it is the paper's, a peer's or ours.
 SD35 = dict(resolution=512, dtype="bf16", checkpointing=True, micro_batch=6)
 PREFERENCE = dict(SD35, reward="hpsv2,pickscore,clipscore", prompts="hpdv2")
+SKILL = dict(SD35, updates=2, n_mc=10, soft_clip=0.0)
+GENEVAL = dict(SKILL, reward="geneval", prompts="geneval", iterations=100, clip=3e-2)
 RECIPES = {
     "tiny": dict(iterations=110, prompts_per_iteration=6, steps=10, solver="euler", lora_rank=0, lr=6e-4,
                  eval_reward="shapes,shapes-strict=0", eval_every=20),
     "sd3.5-s1": PREFERENCE,
+    "sd3.5-s2": GENEVAL,
     "sd3.5-s3": PREFERENCE,
-    "sd3.5-s5": dict(SD35, reward="ocr", prompts="ocr", iterations=15, updates=2, n_mc=10, kl=0.3,
-                     soft_clip=0.0),
+    "sd3.5-s4": dict(GENEVAL, iterations=25),
+    "sd3.5-s5": dict(SKILL, reward="ocr", prompts="ocr", iterations=15, kl=0.3),
     "flux": dict(reward="hpsv2,pickscore,imagereward", prompts="hpdv2", iterations=300, updates=4, steps=16,
                  prompts_per_iteration=32, group_size=12, guidance=3.5, resolution=720, clip=1e-2, lr=1e-5,
-                 soft_clip=0.0, lora_rank=0, ema=0.0, dtype="bf16", checkpointing=True, micro_batch=3),
+                 soft_clip=0.0, lora_rank=0, ema=0.0, dtype="bf16", checkpointing=True, micro_batch=3,
+                 shard=True),
 }
-CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none"), dtype=("fp32", "bf16"),
-               weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"), recipe=tuple(RECIPES))
+CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none", "matched"),
+               weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"), recipe=tuple(RECIPES),
+               dtype=("fp32", "bf16"))
 
 def parse_config(argv=None):
     """Config from the command line: a flag per field, its help the comment beside the field."""
@@ -141,7 +155,8 @@ def parse_config(argv=None):
         fail(f"--lora {cfg.lora}: must be an earlier stage's weights, and --lora-rank their rank")
     return cfg
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")               # not a line for each optional package
+for library in ("TRANSFORMERS", "DIFFUSERS"):                          # not a line for each optional package
+    os.environ.setdefault(library + "_VERBOSITY", "error")
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):        # help need not wait for torch
     parse_config()
 
@@ -151,6 +166,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import rewards
@@ -163,17 +179,26 @@ def add_noise(o, t, eps):
     t = t.reshape(*t.shape, *[1] * (eps.ndim - t.ndim))
     return (1 - t) * o + t * eps
 
-def draw_pairs(gen, sigmas, G, M, shape, share="both", stratified=True, antithetic=True):
+def draw_pairs(gen, sigmas, advantages, M, shape, share="both", stratified=True, antithetic=True):
     """Timestep-noise pairs of one group: t [G, M] of the sampler's grid sigmas [n], eps [G, M, *shape].
-    What is shared is drawn once and broadcast over the group's G images."""
-    u = torch.rand(1 if share in ("both", "timestep") else G, M, generator=gen)
+
+    Images of the same number share. "matched": the best image shares with the worst, the second best with
+    the second worst. So what the two have in common cancels, as it does when a whole group shares, while the
+    noise of the gradient averages over G / 2 draws, not one.
+    """
+    G = len(advantages)
+    rank = advantages.argsort(stable=True).argsort()
+    one, own, matched = torch.zeros_like(rank), torch.arange(G), torch.minimum(rank, G - 1 - rank)
+    times, noises = {"both": (one, one), "timestep": (one, own), "noise": (own, one), "none": (own, own),
+                     "matched": (matched, matched)}[share]
+    u = torch.rand(G, M, generator=gen)[times]
     if stratified:
         u = (torch.arange(M) + u) / M                              # one u in each [j/M, (j+1)/M)
     t = sigmas[(u * len(sigmas)).long().clamp(max=len(sigmas) - 1)]
-    eps = torch.randn(1 if share in ("both", "noise") else G, M, *shape, generator=gen)
+    eps = torch.randn(noises.max() + 1, M, *shape, generator=gen)
     if antithetic:
         eps[:, 1::2] = -eps[:, :M - M % 2:2]                       # an odd last pair keeps its own noise
-    return t.expand(G, M), eps.expand(G, M, *shape)
+    return t, eps[noises]
 
 def surrogate(v, o, t, eps, weight="adaptive"):
     """L_hat = 1/M sum_j l(t_j, eps_j), the negative ELBO of o (Eq. 14 with weight "adaptive").
@@ -238,13 +263,15 @@ MAIN = os.environ.get("RANK", "0") == "0"                          # this proces
 
 def start_ranks():
     """Join torchrun's process group, if there is one. -> rank, number of ranks, this rank's device"""
-    device = torch.device("cpu")
+    device, here = torch.device("cpu"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
+        if here > torch.cuda.device_count():
+            raise UsageError(f"--nproc_per_node {here}: there are {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True               # of what is left in fp32
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
 
 def layout(P, updates, rank, ranks):
@@ -267,6 +294,21 @@ def sum_over_ranks(tensor, device):
         tensor = tensor.to(device)
         dist.all_reduce(tensor)
     return tensor.cpu()
+
+def shard(transformer, dtype):
+    """FSDP2: a block's weights are gathered while it is computed. A LoRA stays whole, in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    lora = {p for name, p in transformer.named_parameters() if "lora_" in name}
+    for module in (*blocks(transformer), transformer):
+        fully_shard(module, mp_policy=policy, ignored_params=lora)
+
+def blocks(transformer):
+    return [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
+
+def whole(tensor):
+    """A sharded tensor, gathered: every rank must ask for it. Any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 # ------------------------------------------------------------------------------------------------- the policy
 
@@ -380,44 +422,59 @@ def make_scheduler(scheduler, solver):
 def load_policy(cfg, device):
     """The pipeline of --model, frozen but for what is trained. -> Policy, trainable {name: parameter}"""
     from diffusers import DiffusionPipeline
-    name = tiny_pipeline() if cfg.model == "tiny" else MODELS.get(cfg.model, cfg.model)
+    name = MODELS.get(cfg.model, cfg.model)
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     try:
         index = DiffusionPipeline.load_config(name)
         absent = {part: None for part, kind in index.items() if isinstance(kind, list) and kind[0] is None}
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **absent)
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)
         transformer = pipe.transformer
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"--model {cfg.model}: cannot load {name} ({str(error).strip().splitlines()[0]}); "
-                         f"give tiny, {', '.join(MODELS)}, or a pipeline's hub id or folder; a gated one "
+                         f"give {', '.join(MODELS)}, or a pipeline's hub id or folder; a gated one "
                          "wants its licence accepted on the hub and `hf auth login`") from error
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval().to(device)
+    # diffusers looks for the device anew in each call, and may look at a part that waits on the CPU
+    pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": device})
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    encoders = [part for name, part in modules.items() if name.startswith("text_encoder") and cfg.offload]
+    for part in modules.values():
+        part.requires_grad_(False).eval()
+        if part not in encoders and not (cfg.shard and part is transformer):
+            part.to(device)
     if cfg.model != "tiny" and hasattr(pipe.vae, "enable_slicing"):        # tiny ones are faster together
         pipe.vae.enable_slicing()
     if cfg.lora_rank:
-        add_lora(transformer, cfg)
+        add_lora(transformer, cfg, device)
     else:
         transformer.float().requires_grad_(True)
     if dtype != torch.float32:                                     # autocast around the network only
         transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
     if cfg.checkpointing:
         transformer.enable_gradient_checkpointing()
-    remember_prompts(pipe)
+    for block in blocks(transformer) if cfg.compile else ():
+        block.compile()
+    if cfg.shard and dist.is_initialized():
+        shard(transformer, dtype)
+    remember_prompts(pipe, encoders, device)
     extra = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # no T5, so no row of zeros for it
     trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     return Policy(pipe, cfg, device, **extra), trainable
 
-def remember_prompts(pipe):
-    """Keep the last 32 results of pipe.encode_prompt, so that the chunks of a group share one encoding."""
+def remember_prompts(pipe, offloaded, device):
+    """Keep some results of pipe.encode_prompt, for the chunks of a group; encoders that are offloaded are on
+    the device only while they work."""
     encode, known = pipe.encode_prompt, {}
 
     def encode_prompt(*args, **kwargs):
         key = repr((args, sorted(kwargs.items())))
-        known[key] = known.pop(key) if key in known else encode(*args, **kwargs)
-        if len(known) > 32:
-            known.pop(next(iter(known)))
+        if key not in known:
+            if len(known) == 32:
+                known.clear()
+            for encoder in offloaded:
+                encoder.to(device)
+            known[key] = encode(*args, **kwargs)
+            for encoder in offloaded:
+                encoder.to("cpu")
         return known[key]
 
     pipe.encode_prompt = encode_prompt
@@ -427,7 +484,7 @@ def remember_prompts(pipe):
 ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 LORA_TARGETS = {"FluxTransformer2DModel": ATTENTION + r"|ff(_context)?\.net\.(0\.proj|2)"}
 
-def add_lora(transformer, cfg):
+def add_lora(transformer, cfg, device):
     """Linear layers become y + (alpha / r) B A x, fp32, B = 0: the peers' targets, so not SD3.5's attn2."""
     pattern = re.compile(rf"(.*\.)?({LORA_TARGETS.get(type(transformer).__name__, ATTENTION)})")
     targets = {name: module for name, module in transformer.named_modules()
@@ -441,13 +498,15 @@ def add_lora(transformer, cfg):
 
     for name, linear in targets.items():
         A = torch.randn(cfg.lora_rank, linear.in_features, generator=generator(cfg.seed, "lora", name))
-        linear.lora_A = nn.Parameter((A / cfg.lora_rank).to(linear.weight.device))
+        linear.lora_A = nn.Parameter((A / cfg.lora_rank).to(device))
         linear.lora_B = nn.Parameter(linear.lora_A.new_zeros(linear.out_features, cfg.lora_rank))
         linear.register_forward_hook(adapt)
 
 def save_weights(folder, weights, transformer, cfg):
     """Write {name: tensor} as diffusers reads it: a LoRA file with its alpha, or a transformer's folder."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    weights = {name: whole(value.detach()).cpu().contiguous() for name, value in weights.items()}
+    if not MAIN:
+        return
     if cfg.lora_rank:
         folder.mkdir(parents=True, exist_ok=True)
         adapter = {"transformer.r": cfg.lora_rank, "transformer.lora_alpha": cfg.lora_alpha,  # else alpha = r
@@ -457,7 +516,7 @@ def save_weights(folder, weights, transformer, cfg):
                   {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)})
     else:
         transformer.save_config(folder / "transformer")
-        save_file({**transformer.state_dict(), **weights},         # and its buffers
+        save_file({**dict(transformer.named_buffers()), **weights},
                   folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 @torch.no_grad()
@@ -477,115 +536,20 @@ def load_weights(path, weights, cfg, flag):
         if found is None or found.shape != value.shape:
             raise UsageError(f"{flag} {path}: has no {name} of shape {list(value.shape)}; it is of another "
                              "--model or --lora-rank")
-        value.copy_(found * (alpha / cfg.lora_alpha) if name.endswith("lora_B") else found)
-
-# ------------------------------------------------------------------------------------------ the tiny pipeline
-
-def tiny_pipeline():
-    """The folder of a small real StableDiffusion3Pipeline that draws shapes; made once, then cached."""
-    cache = Path(os.environ.get("VGRPO_CACHE", Path.home() / ".cache" / "vgrpo"))
-    folder, partial = cache / "tiny-sd3-v1", cache / f"partial-{os.getpid()}"
-    if MAIN and not folder.exists():
-        print(f"first use: pretraining the tiny Stable Diffusion 3, 2 minutes on two cores; kept in {folder}")
-        with torch.random.fork_rng(devices=[]):                    # modules are drawn from the global state
-            torch.manual_seed(0)
-            pretrain_tiny().save_pretrained(partial)
-        if not folder.exists():                                    # else another run was first
-            partial.rename(folder)
-    while not folder.exists():
-        time.sleep(1)
-    return folder
-
-def draw_shapes(labels, gen):
-    """Images [N, 3, 32, 32] in [0, 1] of labels [N, 3] (colour, shape, side); place and size vary."""
-    color, shape, side = labels.unbind(1)
-    u = torch.rand(3, len(labels), generator=gen)
-    masks = rewards.shape_masks(7 + 16 * side + 2 * u[0], 13 + 6 * u[1], 90 + 50 * u[2])
-    mask = masks[torch.arange(len(labels)), shape][:, None]
-    return rewards.BACKGROUND + mask * (rewards.palette()[color][:, :, None, None] - rewards.BACKGROUND)
-
-def shape_prompts():
-    return [f"a {color} {shape} on the {side}" for color, shape, side in itertools.product(*rewards.WORDS)]
-
-def blank_tiny():
-    """It with random weights: a 3-block MMDiT, 8 x 8 x 4 latents, 8 text tokens of a word each, no T5."""
-    from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-                           StableDiffusion3Pipeline)
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-    tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=8)
-    tokenizer.add_tokens(sorted(set(" ".join(shape_prompts()).split())))
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
-        initializer_factor=1.5)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 16), latent_channels=4, norm_num_groups=8, mid_block_add_attention=False,
-        sample_size=32, scaling_factor=1.0, shift_factor=0.0)
-    transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
-        num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64,
-        pos_embed_max_size=8)
-    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), vae, encoders[0],
-                                    tokenizer, encoders[1], tokenizer, text_encoder_3=None, tokenizer_3=None)
-
-def fit(module, loss_of, steps, lr, title):
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in tqdm(range(steps), title):
-        optimizer.zero_grad()
-        loss_of().backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-
-def pretrain_tiny(vae_steps=700, steps=1300, wrong=0.4):
-    """The VAE on drawn shapes, then the transformer by flow matching on captions in which each word is
-    redrawn with probability `wrong`: it draws well and half obeys, a place that RL can start from."""
-    pipe, gen = blank_tiny(), generator("pretrain")
-    sizes = torch.tensor([len(words) for words in rewards.WORDS])
-
-    def draw_labels(n):
-        return (torch.rand(n, 3, generator=gen) * sizes).long()
-
-    def vae_loss():
-        x = 2 * draw_shapes(draw_labels(16), gen) - 1
-        posterior = pipe.vae.encode(x).latent_dist
-        return F.mse_loss(pipe.vae.decode(posterior.sample(gen)).sample, x) + 4e-7 * posterior.kl().mean()
-
-    fit(pipe.vae, vae_loss, vae_steps, 4e-3, "VAE")
-    labels = draw_labels(6144)
-    with torch.no_grad():
-        latents = torch.cat([pipe.vae.encode(2 * x - 1).latent_dist.mode()
-                             for x in draw_shapes(labels, gen).split(256)])
-        text, _, pooled, _ = pipe.encode_prompt(
-            shape_prompts(), None, None, do_classifier_free_guidance=False, max_sequence_length=0)
-    pipe.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    latents = (latents - latents.mean()) / latents.std()
-
-    def flow_loss():
-        rows = torch.randint(len(labels), (64,), generator=gen)
-        redrawn = torch.rand(64, 3, generator=gen) < wrong
-        color, shape, side = torch.where(redrawn, draw_labels(64), labels[rows]).unbind(1)
-        caption = (color * sizes[1] + shape) * sizes[2] + side     # its place in shape_prompts()
-        o, t = latents[rows], torch.rand(64, generator=gen)
-        eps = torch.randn(o.shape, generator=gen)
-        z = add_noise(o, t, eps)
-        v = pipe.transformer(z, text[caption], pooled[caption], timestep=1000 * t).sample
-        return F.mse_loss(v, eps - o)
-
-    fit(pipe.transformer, flow_loss, steps, 3e-3, "transformer")
-    return pipe
+        if name.endswith("lora_B"):
+            found *= alpha / cfg.lora_alpha
+        if isinstance(value, DTensor):
+            found = distribute_tensor(found.to(value.device), value.device_mesh, value.placements)
+        value.copy_(found)
 
 # ---------------------------------------------------------------------------------------------------- prompts
 
 def load_prompts(cfg):
     """-> items to train on, items to evaluate on; an item is a dict of "prompt" and its metadata."""
     if cfg.prompts == "shapes":
-        items = [{"prompt": prompt} for prompt in shape_prompts()]
-    elif cfg.prompts == "ocr":
-        items = rewards.ocr_prompts(4000, seed=0)
+        items = [{"prompt": "a {} {} on the {}".format(*words)} for words in itertools.product(*rewards.WORDS)]
+    elif cfg.prompts in ("geneval", "ocr"):
+        items = getattr(rewards, cfg.prompts + "_prompts")(4000, seed=0)
     else:
         items = read_prompts(cfg.prompts)
     held_out = min(len(items) // 10, 48)
@@ -606,7 +570,7 @@ def read_prompts(name):
         lines = Path(name).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"--prompts {name}: cannot be read ({str(error).splitlines()[0]}); give a FILE.txt "
-                         "or FILE.jsonl in UTF-8, or shapes, ocr, hpdv2 (from the hub)") from error
+                         "or FILE.jsonl in UTF-8, or shapes, geneval, ocr, hpdv2 (from the hub)") from error
     items = []
     for number, line in enumerate(lines, 1):
         try:
@@ -674,11 +638,11 @@ def evaluate(policy, scorer, items, cfg, rank, ranks):
 
 # ------------------------------------------------------------------------------------------------- the update
 
-def estimate(policy, group, rows, cfg, iteration):
+def estimate(policy, group, rows, advantages, cfg, iteration):
     """L_hat [B], x_theta [B, M, ...] of some of a group's images; the pairs are drawn anew from their key."""
     o = group.latents[rows]
     key = generator(cfg.seed, "pairs", iteration, group.index)
-    t, eps = draw_pairs(key, policy.sigmas(), cfg.group_size, cfg.n_mc, o.shape[1:], cfg.share,
+    t, eps = draw_pairs(key, policy.sigmas(), advantages[group.index], cfg.n_mc, o.shape[1:], cfg.share,
                         cfg.stratified, cfg.antithetic)
     t, eps = t[rows].to(o.device), eps[rows].to(o.device)
     z = add_noise(o[:, None], t, eps)
@@ -693,21 +657,22 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
     old, norms = {}, []
     with torch.no_grad():                                          # theta_old: before the first step
         for group, rows in itertools.product(groups[size:], parts):
-            L, x = estimate(policy, group, rows, cfg, iteration)
+            L, x = estimate(policy, group, rows, advantages, cfg, iteration)
             old[group.index, rows.start] = L, x if cfg.kl else None
     for batch in batches:
         for group, rows in itertools.product(batch, parts):
-            L, x = estimate(policy, group, rows, cfg, iteration)
+            L, x = estimate(policy, group, rows, advantages, cfg, iteration)
             # In the first batch theta is theta_old: sg(L) is exact, the KL is 0 and so is its gradient.
             L_old, x_old = old.get((group.index, rows.start), (L.detach(), None))
             A = advantages[group.index, rows].to(L.device)
             loss, ratio, kl = vgrpo_loss(L, L_old, A, cfg.clip, cfg.kl, x, x_old)
             (loss.sum() / (size * cfg.group_size)).backward()
             stats[:, group.index, rows] = torch.stack([loss, ratio, kl, L]).detach().cpu().double()
-        for p in params if dist.is_initialized() else ():          # averaged explicitly, whatever is trained
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
-        norms.append(nn.utils.clip_grad_norm_(params, cfg.grad_norm or math.inf).item())
+        for p in params if dist.is_initialized() else ():
+            if not isinstance(p, DTensor):                         # FSDP2 has averaged its own
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        norms.append(whole(nn.utils.clip_grad_norm_(params, cfg.grad_norm or math.inf)).item())
         if not math.isfinite(norms[-1]):
             raise RunError(f"iteration {iteration}: the gradient's norm is {norms[-1]}, stopped before the "
                            "step; try a lower --lr, a smaller --clip or --dtype fp32")
@@ -735,9 +700,21 @@ def start_log(out, cfg, iteration):
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
     with open(path, "ab") as file:
         file.truncate(len("".join(kept).encode()))
+    board = wandb = None
+    if find_spec("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out, purge_step=iteration + 1)
+    if find_spec("wandb") and os.environ.get("WANDB_PROJECT"):     # it asks for a login: only where wanted
+        import wandb
+        wandb.init(dir=out, id=out.name, resume="allow", config=asdict(cfg))
+
     def log(values):
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
+        if wandb:
+            wandb.log(values, step=values["iteration"])
+        for name, value in values.items() if board else ():
+            board.add_scalar(name, value, values["iteration"])
 
     return log
 
@@ -760,10 +737,12 @@ def save_checkpoint(out, iteration, state, transformer, cfg):
     """checkpoints/000010: written under another name, flushed, renamed; the last two stay."""
     final = out / "checkpoints" / f"{iteration:06d}"
     partial = final.with_name("partial")
-    for folder in (partial, final):
+    for folder in (partial, final) if MAIN else ():
         shutil.rmtree(folder, ignore_errors=True)
     for name, weights in state.items():
         save_weights(partial / name, weights, transformer, cfg)
+    if not MAIN:
+        return
     for path in partial.rglob("*.safetensors"):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -772,6 +751,24 @@ def save_checkpoint(out, iteration, state, transformer, cfg):
         shutil.rmtree(folder)
 
 # --------------------------------------------------------------------------------------------------- the loop
+
+def restore(trainable, folder, done, cfg):
+    """-> optimizer, EMA, and all that determines the next number, as it was `done` iterations on."""
+    from diffusers.training_utils import EMAModel
+    params = list(trainable.values())
+    if cfg.lora and not folder:
+        load_weights(Path(cfg.lora), trainable, cfg, "--lora")
+    ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) at step s
+    ema.optimization_step = done * cfg.updates
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    state = {"": trainable, "ema": dict(zip(trainable, ema.shadow_params)), "exp_avg": {}, "exp_avg_sq": {}}
+    for name, p in trainable.items():
+        optimizer.state[p]["step"] = torch.tensor(float(ema.optimization_step))
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[p][key] = state[key][name] = torch.zeros_like(p)
+    for name, weights in state.items() if folder else ():
+        load_weights(folder / name, weights, cfg, "--resume")
+    return optimizer, ema, state
 
 def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
     """One iteration of Algorithm 1 on {index: item}, this rank's share. -> its line of metrics.jsonl"""
@@ -804,12 +801,11 @@ def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
     }
 
 def train(cfg):
-    from diffusers.training_utils import EMAModel
     rank, ranks, device = start_ranks()
     indices = layout(cfg.prompts_per_iteration, cfg.updates, rank, ranks)
     train_items, eval_items = load_prompts(cfg)
-    scorer = rewards.Rewards(cfg.reward, device)
-    eval_scorer = rewards.Rewards(cfg.eval_reward or cfg.reward, device, share=scorer)
+    scorer = rewards.Rewards(cfg.reward, device, cfg.offload)
+    eval_scorer = rewards.Rewards(cfg.eval_reward or cfg.reward, device, cfg.offload, share=scorer)
     for judge, items in ((scorer, train_items), (eval_scorer, eval_items)):
         judge.check([item["prompt"] for item in items], items)
     policy, trainable = load_policy(cfg, device)
@@ -818,19 +814,10 @@ def train(cfg):
     folders = sorted((out / "checkpoints").glob("[0-9]*"))
     if folders and not cfg.resume:
         raise UsageError(f"--out {out}: holds a run; continue it with --resume, or name another")
-    if cfg.lora and not folders:
-        load_weights(Path(cfg.lora), trainable, cfg, "--lora")
     done = int(folders[-1].name) if folders else 0
-    ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) at step s
-    ema.optimization_step = done * cfg.updates
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    state = {"": trainable, "ema": dict(zip(trainable, ema.shadow_params)), "exp_avg": {}, "exp_avg_sq": {}}
-    for name, p in trainable.items():
-        optimizer.state[p]["step"] = torch.tensor(float(ema.optimization_step))
-        for key in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[p][key] = state[key][name] = torch.zeros_like(p)
-    for name, weights in state.items() if folders else ():         # all that determines the next number
-        load_weights(folders[-1] / name, weights, cfg, "--resume")
+    if sum_over_ranks(torch.tensor([done]), device).item() != done * ranks:
+        raise UsageError(f"--out {out}: must be on a disk that all machines share")
+    optimizer, ema, state = restore(trainable, folders[-1] if folders else None, done, cfg)
     log = start_log(out, cfg, done) if MAIN else lambda values: None
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):                 # the iteration under way is finished
@@ -858,7 +845,7 @@ def train(cfg):
         last = iteration == cfg.iterations
         if iteration % cfg.eval_every == 0 or last:
             look(iteration)
-        if MAIN and (iteration % cfg.save_every == 0 or last or stop):
+        if iteration % cfg.save_every == 0 or last or stop:
             save_checkpoint(out, iteration, state, policy.transformer, cfg)
         if stop:
             sys.exit(128 + (caught or [signal.SIGTERM])[0])
