@@ -1,4 +1,5 @@
 """Tests of vgrpo.py, each against an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
+import inspect
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,60 +251,391 @@ def test_on_policy_loss_is_odd_in_the_advantage():
     assert torch.equal(up, -down) and torch.equal(ratio, torch.ones(6))
 
 
-# ---- the policy
+# ---- families of diffusers: what encode_prompt returns is drawn, the rest is theirs, small
 
 
-def fake_encoder(pipe, width, pooled, tokens=7):
-    """Stands in for encode_prompt where a family's text encoders do not matter."""
+def said(*shape, by="prompt", axis=0):
+    """Embeddings that depend on the prompt, or on `by` alone; images lie along `axis`."""
+    def rows(prompts, n):
+        keys = prompts if by == "prompt" else [by] * len(prompts)
+        drawn = torch.stack([torch.randn(shape, generator=gen(key, *shape)) for key in keys], axis)
+        return drawn.repeat_interleave(n, axis)
+    return rows
+
+
+def padded(prompts, n):
+    """A mask of five tokens, the last of which is padding."""
+    return (torch.arange(5) < 4).expand(len(prompts) * n, -1)
+
+
+def ids(prompts, n):
+    """Positions of the text, which all images share."""
+    return torch.zeros(5, 3)
+
+
+def fake_text(pipe, *parts):
+    """Stands in for encode_prompt, and shakes the weights: a new network hardly hears its conditions."""
     def encode_prompt(prompt=None, *args, num_images_per_prompt=1, **kwargs):
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        embeds = torch.cat([torch.randn(1, tokens, width, generator=gen(p)) for p in prompts])
-        flat = torch.cat([torch.randn(1, pooled, generator=gen(p, "pooled")) for p in prompts])
-        return (embeds.repeat_interleave(num_images_per_prompt, 0), flat.repeat_interleave(num_images_per_prompt, 0),
-                torch.zeros(tokens, 3))
-    pipe.encode_prompt = encode_prompt
-
-
-def small_flux():
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-                                         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32,
-                                         axes_dims_rope=(4, 4, 8), guidance_embeds=True)
-    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, use_quant_conv=False,
-                        use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.5)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = FluxPipeline(scheduler, vae, None, None, None, None, transformer)
-    fake_encoder(pipe, 32, 32, tokens=2)           # two tokens and three images: the listening must not mix them up
+        given = [part(prompts, num_images_per_prompt) for part in parts]
+        return tuple(x.to(pipe.vae.dtype) if x.is_floating_point() else x for x in given)
+    if parts:
+        pipe.encode_prompt = encode_prompt
+    with torch.no_grad():
+        for name, p in pipe.transformer.eval().named_parameters():
+            p.add_(torch.randn(p.shape, generator=gen(name)) * .1)
     return pipe
+
+
+def small_vae():
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, shift_factor=0.1,
+                         scaling_factor=0.5)
+
+
+def flow(**options):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    return FlowMatchEulerDiscreteScheduler(**options)
 
 
 def small_sd3():
     torch.manual_seed(0)
-    return tiny.blank()
+    return fake_text(tiny.blank())
+
+
+def small_flux():
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
+    scheduler = flow(shift=3.0, use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, small_vae(), None, None, None, None, transformer)
+    return fake_text(pipe, said(5, 32), said(32), ids)
+
+
+def small_sd35():
+    """The dual attention and normed queries of SD3.5-medium."""
+    from diffusers import SD3Transformer2DModel
+    torch.manual_seed(0)
+    pipe = tiny.blank()
+    pipe.transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64,
+        pos_embed_max_size=16, qk_norm="rms_norm", dual_attention_layers=(0,))
+    return fake_text(pipe)
+
+
+def small_qwen():
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4))
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    scheduler = flow(use_dynamic_shifting=True, shift_terminal=0.02)
+    return fake_text(QwenImagePipeline(scheduler, vae, None, None, transformer), said(5, 16), padded)
+
+
+def small_lumina2():
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=4, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=3, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64), cap_feat_dim=16)
+    return fake_text(Lumina2Pipeline(transformer, flow(shift=6.0), small_vae(), None, None),
+                     said(5, 16), padded, said(5, 16, by="negative"), padded)
+
+
+def small_sana():
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
+        sample_size=16)
+    blocks = dict(encoder_block_types="ResBlock", decoder_block_types="ResBlock")
+    for side in ("encoder", "decoder"):
+        blocks |= {f"{side}_block_out_channels": (8, 8), f"{side}_qkv_multiscales": ((), ()),
+                   f"{side}_layers_per_block": (1, 1)}
+    vae = AutoencoderDC(latent_channels=4, attention_head_dim=2, downsample_block_type="conv",
+                        upsample_block_type="interpolate", scaling_factor=0.41, **blocks)
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction",
+                                            flow_shift=3.0)
+    pipe = SanaPipeline(None, None, vae, transformer, scheduler)
+    pipe.image_processor.classify_height_width_bin = lambda h, w, ratios: (h, w)       # they begin at 512
+    return fake_text(pipe,
+                     said(5, 8), padded, said(5, 8, by="negative"), padded)
+
+
+def small_auraflow():
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+    torch.manual_seed(0)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=16, caption_projection_dim=32, pos_embed_max_size=1024)
+    return fake_text(AuraFlowPipeline(None, None, small_vae(), transformer, flow(shift=1.73)),
+                     said(5, 16), padded, said(5, 16, by="negative"), padded)
+
+
+def small_flux2():
+    from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 4, 4))
+    vae = AutoencoderKLFlux2(down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+                             block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
+    scheduler = flow(use_dynamic_shifting=True)
+    return fake_text(Flux2Pipeline(scheduler, vae, None, None, transformer), said(5, 16),
+                     lambda prompts, n: torch.arange(20).view(5, 4).expand(len(prompts) * n, 5, 4))
+
+
+def small_chroma():
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_num_channels=8,
+        approximator_hidden_dim=16, approximator_layers=1)
+    return fake_text(ChromaPipeline(flow(), small_vae(), None, None, transformer),
+                     said(5, 32), ids, padded, said(5, 32, by="negative"), ids, padded)
+
+
+def small_hidream():
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
+    torch.manual_seed(0)
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8,
+        num_attention_heads=4, caption_channels=[32, 16], text_emb_dim=8, axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32), llama_layers=(0, 1))
+    pipe = HiDreamImagePipeline(flow(shift=3.0), small_vae(), *[None] * 8, transformer)
+    pipe.default_sample_size = 32
+    llama = [said(2, 5, 16, by=by, axis=1) for by in ("prompt", "negative")]
+    return fake_text(pipe, said(5, 32), said(5, 32, by="negative"), *llama, said(8), said(8, by="negative"))
+
+
+def small_cogview4():
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+    torch.manual_seed(0)
+    transformer = CogView4Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        text_embed_dim=16, time_embed_dim=8, condition_dim=4, sample_size=16, rope_axes_dim=(16, 16))
+    scheduler = flow(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, base_image_seq_len=64,
+                     time_shift_type="linear")
+    return fake_text(CogView4Pipeline(None, None, small_vae(), transformer, scheduler),
+                     said(5, 16), said(5, 16, by="negative"))
+
+
+def small_zimage():
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32])
+    def words(by):
+        return lambda prompts, n: list(said(5, 16, by=by)(prompts, 1))
+    return fake_text(ZImagePipeline(flow(shift=3.0), small_vae(), None, None, transformer), words("prompt"),
+                     words("negative"))
+
+
+# The sigma of the time that each network is told, and its output's sign, read in the pipelines' code.
+# CogView4 tells the time before the shift, which is 1.75 at 256 tokens.
+RULES = {
+    small_sd3: (lambda tau: tau / 1000, 1), small_sd35: (lambda tau: tau / 1000, 1),
+    small_flux: (lambda tau: tau, 1), small_flux2: (lambda tau: tau, 1), small_chroma: (lambda tau: tau, 1),
+    small_qwen: (lambda tau: tau, 1), small_auraflow: (lambda tau: tau, 1),
+    small_sana: (lambda tau: tau / 1000, 1), small_hidream: (lambda tau: tau / 1000, -1),
+    small_lumina2: (lambda tau: 1 - tau, -1), small_cogview4: (lambda tau: 1.75 / (.75 + 1000 / tau), 1),
+}
+FAMILIES = pytest.mark.parametrize("family", RULES, ids=lambda family: family.__name__[6:])
+
+
+SMALL_RUN = ["--resolution", "32", "--steps", "3", "--n-mc", "2", "--group-size", "3", "--dtype", "fp32",
+             "--prompts-per-iteration", "2", "--micro-batch", "0", "--prompts", "shapes"]
+
+
+def small_policy(monkeypatch, family, *flags):
+    """load_policy, given the small pipeline of a family instead of a folder."""
+    from diffusers import DiffusionPipeline
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: {})
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda _, dtype: family().to(dtype))
+    cfg = vgrpo.parse_config([*SMALL_RUN, "--model", "small", *flags])
+    return cfg, *vgrpo.load_policy(cfg, torch.device("cpu"))
+
+
+def listen(policy, prompts, generators):
+    """What the network was given and answered at each step, in the first of the step's calls."""
+    used, scheduler, step = [[]], policy.pipe.scheduler, policy.pipe.scheduler.step
+
+    def hear(module, args, kwargs, output):
+        used[-1].append(((*args, kwargs.get("hidden_states"))[0], output[0]))
+
+    def next_step(*args, **kwargs):
+        used.append([])
+        return step(*args, **kwargs)
+    hook = policy.transformer.register_forward_hook(hear, with_kwargs=True)
+    scheduler.step = next_step
+    policy.generate(prompts, generators)
+    hook.remove()
+    scheduler.step = step
+    return [calls[0] for calls in used[:-1]]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
-@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+@pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
-@pytest.mark.parametrize("family", [small_sd3, small_flux])
-def test_velocity_is_what_the_pipeline_used_at_every_step(family, solver, size, guidance):
-    pipe, used = family(), []
-    cfg = SimpleNamespace(solver=solver, steps=5, guidance=guidance, resolution=0)
-    options = {"max_sequence_length": 0} if family is small_sd3 else {}
-    policy = vgrpo.Policy(pipe, cfg, torch.device("cpu"), height=size[0], width=size[1], **options)
-    hook = pipe.transformer.register_forward_hook(lambda m, args, kwargs, out: used.append((kwargs, out[0])),
-                                                  with_kwargs=True)
-    policy.generate(["a red circle"], [gen(i) for i in range(2)])
-    hook.remove()
+@FAMILIES
+def test_every_family_velocity_is_what_the_pipeline_used(family, solver, width, guidance):
+    cfg = SimpleNamespace(solver=solver, steps=3, guidance=guidance, resolution=0)
+    policy = vgrpo.Policy(family(), cfg, torch.device("cpu"), height=32, width=width)
+    used = listen(policy, ["a red circle"], [gen(i) for i in range(2)])
     sigmas, conditions = policy.sigmas(), policy.conditions()
-    assert len(used) == len(sigmas) == 5 and (sigmas[:-1] > sigmas[1:]).all()
-    for sigma, (kwargs, output) in zip(sigmas, used):
-        z = kwargs["hidden_states"][-2:]
-        with torch.no_grad():
-            v = policy.velocity(z, sigma.expand(2), conditions)
-        assert (v - policy.sign * output[-2:]).abs().max() < 1e-6 * max(1, output.abs().max())
-    assert policy.latents.shape == z.shape and policy.sign == 1
+    assert len(used) == len(sigmas) == 3 and (sigmas[:-1] > sigmas[1:]).all() and sigmas[-1] > 0
+    with torch.no_grad():
+        for sigma, (z, output) in zip(sigmas, used):
+            v, scale = policy.velocity(z, sigma.expand(len(z)), conditions), output.abs().max()
+            assert (v - RULES[family][1] * output)[-2:].abs().max() < 1e-6 * scale
+        earlier = policy.velocity(z, sigmas[:1].expand(len(z)), conditions)
+        policy.generate(["a blue square"], [gen(0)])
+        other = policy.velocity(z, sigma.expand(len(z)), policy.conditions())
+    assert policy.latents.shape[1:] == z.shape[1:]
+    assert min((earlier - v).abs().max(), (other - v).abs().max()) > 1e-3 * scale      # both are heard
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++"])
+@FAMILIES
+def test_every_family_the_true_velocity_recovers_the_data(monkeypatch, family, solver):
+    """A network that returns (z - o) / sigma, of the sigma that the time means: the sampler ends in o, and
+    x_theta is o, whatever the family's time, sign and shapes."""
+    sigma_of, sign = RULES[family]
+
+    def true_pipe():
+        pipe = family()
+        signature = inspect.signature(pipe.transformer.forward)
+
+        @wraps(pipe.transformer.forward)
+        def forward(*args, **kwargs):
+            told = signature.bind(*args, **kwargs).arguments
+            z, tau = told["hidden_states"], told.get("timestep", told.get("timesteps"))
+            sigma = sigma_of(tau.double()).view(-1, *[1] * (z.ndim - 1))
+            return ((sign * (z - torch.randn(z.shape[1:], generator=gen("o"))) / sigma).float(),)
+        pipe.transformer.forward = forward
+        return pipe
+    cfg, policy, _ = small_policy(monkeypatch, true_pipe, "--solver", solver)
+    groups = vgrpo.collect(policy, {0: {"prompt": "a red circle"}}, 3, cfg, 0)
+    latents, t = groups[0].latents, policy.sigmas().expand(3, 3)
+    o = torch.randn(latents.shape[1:], generator=gen("o"))
+    eps = torch.randn(3, *latents.shape, generator=gen("eps"))
+    assert (latents - o).abs().max() < 1e-5
+    z = vgrpo.add_noise(o, t, eps)
+    v = policy.velocity(z.flatten(0, 1), t.flatten(), groups[0].conditions).view_as(z)
+    L, x = vgrpo.surrogate(v, latents, t, eps)
+    assert (v - (eps - o)).abs().max() < 1e-3 and (x - o).abs().max() < 1e-5 and L.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+@FAMILIES
+def test_every_family_trains_what_is_trainable_and_nothing_else(monkeypatch, family, rank):
+    flags = ["--lora-rank", rank, "--guidance", "4", "--lr", "1e-2", "--updates", "2", "--kl", "0.1"]
+    cfg, policy, trainable = small_policy(monkeypatch, family, *flags)
+    parts = {f"{part}.{name}": p for part, module in policy.pipe.components.items()
+             if isinstance(module, torch.nn.Module) for name, p in module.state_dict(keep_vars=True).items()}
+    before = {name: p.detach().clone() for name, p in parts.items()}
+
+    def scorer(images, prompts, metadata):
+        return {"bright": images.mean((1, 2, 3))}
+    scorer.weights = {"bright": 1.0}
+    params = list(trainable.values())
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0)
+    items = {i: {"prompt": prompt} for i, prompt in enumerate(("a red circle", "a blue square"))}
+    ema = SimpleNamespace(step=lambda params: None)
+    line = vgrpo.improve(policy, params, optimizer, ema, scorer, items, cfg, 1)
+    assert math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["kl"] > 0
+    moved = {name for name, p in parts.items() if not torch.equal(p, before[name])}
+    assert moved <= {f"transformer.{name}" for name in trainable}
+    assert len(moved) >= len(trainable) / 2 and all(".lora_" in name for name in moved if rank == "2")
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+@FAMILIES
+def test_every_family_bf16_velocity_is_what_the_pipeline_used(monkeypatch, family, rank):
+    """To the bit: the pipeline rounds the time it tells its network, and the policy tells it the same."""
+    _, exact, _ = small_policy(monkeypatch, family, "--lora-rank", "0")
+    _, policy, trainable = small_policy(monkeypatch, family, "--lora-rank", rank, "--dtype", "bf16")
+    assert policy.pipe.vae.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in trainable.values())
+    used = listen(policy, ["a red circle on the left"], [gen(i) for i in range(2)])
+    exact.generate(["a red circle on the left"], [gen(i) for i in range(2)])
+    with torch.no_grad():
+        velocities = [policy.velocity(z, sigma.expand(2), policy.conditions())
+                      for sigma, (z, _) in zip(policy.sigmas(), used)]
+        reference = exact.velocity(used[0][0], torch.ones(2), exact.conditions())
+    assert all(torch.equal(v, policy.sign * output.float()) for v, (_, output) in zip(velocities, used))
+    assert (velocities[0] - reference).norm() < 2e-2 * reference.norm()
+
+
+@FAMILIES
+def test_every_family_exports_a_lora_that_diffusers_loads(monkeypatch, tmp_path, family):
+    pytest.importorskip("peft")
+    flags = ["--lora-rank", "4", "--lora-alpha", "12", "--guidance", "4"]
+    cfg, policy, trainable = small_policy(monkeypatch, family, *flags)
+    policy.generate(["a red circle"], [gen(0)])
+    before = policy.latents
+    shift_lora(trainable)
+    policy.generate(["a red circle"], [gen(0)])
+    vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
+    pipe = family()
+    pipe.load_lora_weights(tmp_path)
+    fresh = vgrpo.Policy(pipe, cfg, torch.device("cpu"))
+    fresh.generate(["a red circle"], [gen(0)])
+    assert (fresh.latents - policy.latents).abs().max() < 1e-5 < 1e-3 < (policy.latents - before).abs().max()
+
+
+def test_a_folder_of_another_family_is_loaded_and_trained(tmp_path):
+    """Lumina2 with its Gemma2, saved and given as --model."""
+    from diffusers import Lumina2Pipeline
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+    vocab = dict.fromkeys(["<pad>", "<unk>", *"a red blue circle square on the left right".split()])
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    bare = small_lumina2()
+    encoder = Gemma2Model(Gemma2Config(
+        vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, pad_token_id=0, initializer_range=0.5))
+    pipe = Lumina2Pipeline(bare.transformer, bare.scheduler, bare.vae, encoder.eval(), tokenizer)
+    pipe.save_pretrained(tmp_path / "lumina2")
+    flags = [*SMALL_RUN, "--model", str(tmp_path / "lumina2"), "--lora-rank", "2", "--solver", "euler"]
+    policy, _ = vgrpo.load_policy(vgrpo.parse_config(flags), torch.device("cpu"))
+    policy.generate(["a red circle on the left"], [gen(0)])
+    direct = pipe(prompt="a red circle on the left", num_inference_steps=3, guidance_scale=0, height=32,
+                  width=32, generator=[gen(0)], output_type="latent")[0]
+    assert (policy.latents - direct).abs().max() < 1e-5
+    lines = run(tmp_path / "run", *flags, "--iterations", "1")
+    assert lines[1]["grad_norm"] > 0
+    assert (tmp_path / "run/checkpoints/000001/pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_network_of_another_kind_is_refused(monkeypatch):
+    with pytest.raises(vgrpo.UsageError, match="ZImageTransformer2DModel"):
+        small_policy(monkeypatch, small_zimage)
+
+
+def test_ranks_average_weights_that_got_no_gradient(monkeypatch):
+    """Qwen's last block computes text that nothing reads: its weights have no gradient to average."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        test_every_family_trains_what_is_trainable_and_nothing_else(monkeypatch, small_qwen, "2")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ---- the policy
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
@@ -320,7 +653,7 @@ def test_rollout_is_an_ode_solver_of_that_velocity(solver):
         if solver == "euler":
             z = z + (then - now) * v
             continue
-        level = [math.log(max(1 - s, 1e-300) / s) if s else math.inf for s in (now, then)]
+        level = [math.log((1 - s) / s) if 0 < s < 1 else math.copysign(math.inf, .5 - s) for s in (now, then)]
         h, D = level[1] - level[0], x
         if x_before is not None and then > 0:
             D = x + (x - x_before) * h / h_before / 2
@@ -580,40 +913,137 @@ def test_layout_gives_an_update_the_same_groups_on_any_number_of_ranks():
         vgrpo.layout(10, 2, 0, 2)
 
 
-def command(*args, ranks=0, **env):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else \
-        [sys.executable]
-    return subprocess.Popen([*start, str(HERE / "vgrpo.py"), *map(str, args)], env={**os.environ, **env},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command(*args, ranks=0, code=HERE / "vgrpo.py", **options):
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1" if ranks else str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, *start, str(code), *map(str, args)], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def ranks_of(process, out, lines=3):
+    """The process ids of torchrun's ranks, once the run has written some lines."""
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < lines:
+        time.sleep(.1)
+        assert process.poll() is None, process.stderr.read()
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--lora-rank", "4"), ("--micro-batch", "1"), ("--updates", "1")])
-def test_two_ranks_give_the_numbers_of_one(tmp_path, flags):
-    flags = [*SMALL, "--updates", "2", "--eval-every", "1", *flags]
-    process = command(*flags, "--out", tmp_path / "two", ranks=2, OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("ranks, P, flags", [
+    (2, 4, ["--lora-rank", "4", "--micro-batch", "1"]), (2, 4, ["--shard", "--updates", "1"]),
+    (2, 4, ["--micro-batch", "2", "--share", "matched"]),
+    (3, 6, ["--lora-rank", "4", "--shard", "--micro-batch", "2"]), (4, 8, ["--shard", "--micro-batch", "1"])])
+def test_any_number_of_ranks_gives_the_numbers_of_one(tmp_path, ranks, P, flags):
+    flags = [*SMALL, "--prompts-per-iteration", P, "--iterations", 3, "--updates", "2", "--eval-every", "2", *flags]
+    process = command(*flags, "--out", tmp_path / "many", ranks=ranks)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
-    one = run(tmp_path / "one", *flags)
-    assert one[1]["grad_norm"] > 0
-    close(one, metrics(tmp_path / "two"), 1e-4)
-    vgrpo.main(["--resume", str(tmp_path / "two"), "--iterations", "3"])     # and on other ranks again
-    vgrpo.main(["--resume", str(tmp_path / "one"), "--iterations", "3"])
-    close(metrics(tmp_path / "one"), metrics(tmp_path / "two"), 1e-4)
+    one = run(tmp_path / "one", *map(str, flags), "--micro-batch", "0")
+    assert max(line.get("grad_norm", 0) for line in one) > 0
+    close(one, metrics(tmp_path / "many"), 1e-4)
+    for name in ("many", "one"):                                   # and on other ranks again
+        vgrpo.main(["--resume", str(tmp_path / name), "--iterations", "4", "--micro-batch", "0"])
+    close(metrics(tmp_path / "one"), metrics(tmp_path / "many"), 1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tmp_path, number):
     process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run")
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
-        time.sleep(.1)
-        assert process.poll() is None, process.stderr.read()
+    ranks_of(process, tmp_path / "run")
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 128 + number
     saved = [int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == [max(line["iteration"] for line in metrics(tmp_path / "run"))]
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path):
+    process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run", ranks=2)
+    pids = ranks_of(process, tmp_path / "run")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 1 and len(pids) == 2 and all(map(gone, pids))     # 1 is torchrun's own
+    saved = [int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == [max(line["iteration"] for line in metrics(tmp_path / "run"))]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_others_down_with_one_message(tmp_path):
+    process = command(*SMALL, "--iterations", "10000", "--out", tmp_path / "run", ranks=2)
+    pids = ranks_of(process, tmp_path / "run")
+    os.kill(pids[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    messages = [line for line in errors.splitlines() if line.startswith("vgrpo.py: error")]
+    assert process.returncode and all(map(gone, pids)) and len(messages) == 1 and "lost another rank" in messages[0]
+
+
+DEADLY = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import vgrpo
+name, last, calls = sys.argv[2], int(sys.argv[3]), []
+real = getattr(vgrpo, name)
+def deadly(*args, **kwargs):
+    calls.append(name)
+    if len(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(vgrpo, name, deadly)
+vgrpo.main(sys.argv[4:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, last, iteration", [("collect", 5, 2), ("estimate", 10, 2), ("save_file", 11, 2),
+                                                   ("save_grid", 2, 1)])
+def test_killed_at_any_moment_a_run_resumes_to_the_same_numbers(tmp_path, name, last, iteration):
+    """In the third rollout, in the third update, while the third checkpoint is written, in the second evaluation."""
+    flags = ["--iterations", "4", "--eval-every", "2"]
+    whole = run(tmp_path / "a", *flags)
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    process = command(HERE, name, last, *SMALL, *flags, "--out", tmp_path / "b", code=tmp_path / "deadly.py")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    complete = sorted((tmp_path / "b" / "checkpoints").glob("[0-9]*"))
+    assert int(complete[-1].name) == iteration
+    assert run(tmp_path / "b", *flags, "--resume") == whole
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    """Files may not grow beyond 1 MB: less than the weights take."""
+    import resource
+    whole = run(tmp_path / "a")
+    run(tmp_path / "b", "--iterations", "1")
+    process = command("--resume", tmp_path / "b", "--iterations", "2", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2**20, 2**20)))
+    _, errors = process.communicate(timeout=60)
+    messages = [line for line in errors.splitlines() if "error" in line]
+    assert process.returncode == 1 and len(messages) == 1 and "too large" in messages[0], errors
+    assert [folder.name for folder in (tmp_path / "b" / "checkpoints").glob("[0-9]*")] == ["000001"]
+    assert run(tmp_path / "b", "--resume")[-1] == whole[-1]
+
+
+def test_more_ranks_than_gpus_and_a_disk_that_is_not_shared(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        with pytest.raises(vgrpo.UsageError, match="--nproc_per_node 2: there are 1 GPUs"):
+            vgrpo.start_ranks()
+    monkeypatch.setattr(vgrpo, "sum_over_ranks", lambda tensor, device: tensor + 1)     # the others have done more
+    with pytest.raises(SystemExit) as end:
+        vgrpo.main([*SMALL, "--out", str(tmp_path / "a")])
+    assert end.value.code == 2 and "disk" in capsys.readouterr().err
 
 
 # ---- config and bad input

@@ -301,7 +301,8 @@ def shard(transformer, dtype):
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     lora = {p for name, p in transformer.named_parameters() if "lora_" in name}
     for module in (*blocks(transformer), transformer):
-        fully_shard(module, mp_policy=policy, ignored_params=lora)
+        # resharded always: by default the root keeps what it gathered, and would not see the EMA's weights
+        fully_shard(module, reshard_after_forward=True, mp_policy=policy, ignored_params=lora)
 
 def blocks(transformer):
     return [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
@@ -325,6 +326,10 @@ class Policy:
         pipe.scheduler = make_scheduler(pipe.scheduler, cfg.solver)
         self.scheduler_step, pipe.scheduler.step = pipe.scheduler.step, self.hear_scheduler
         self.transformer.register_forward_hook(self.hear_network, with_kwargs=True)
+        self.names = list(inspect.signature(self.transformer.forward).parameters)
+        self.time = next((name for name in self.names if name.startswith("timestep")), None)
+        if not {"hidden_states", self.time} <= {*self.names}:
+            raise UsageError(f"--model: {type(self.transformer).__name__} has no hidden_states and timestep")
         side = dict(height=cfg.resolution, width=cfg.resolution) if cfg.resolution else {}
         self.options = dict(options, num_inference_steps=cfg.steps, output_type="pt", **side)
         self.learn()
@@ -338,44 +343,40 @@ class Policy:
         return dict(guidance_scale=scale) if "guidance_scale" in accepted else {}
 
     def hear_network(self, module, args, kwargs, output):
-        if self.listening and len(self.calls) < 2:
-            named = dict(zip(inspect.signature(module.forward).parameters, args))
-            self.calls.append(({**named, **kwargs}, output[0]))
+        if self.listening:
+            self.told, self.output = {**dict(zip(self.names, args)), **kwargs}, output[0]
+            self.first = self.first or self.told
 
     def hear_scheduler(self, model_output, *args, **kwargs):
         result = self.scheduler_step(model_output, *args, **kwargs)
         self.model_output, self.latents = model_output, result[0]
+        self.times.append(self.told[self.time][:1])                # one a step, however many calls
         return result
 
     @torch.no_grad()
     def generate(self, prompts, generators, **options):
         """One call of the pipeline, every image with noise of its own.
-        -> images [B, 3, H, W] uint8 on the CPU; .latents [B, ...] and .calls are heard"""
-        self.listening, self.calls = True, []
+        -> images [B, 3, H, W] uint8 on the CPU; .latents [B, ...], .first and .times are heard"""
+        self.listening, self.first, self.times = True, None, []
         images = self.pipe(prompt=prompts, num_images_per_prompt=len(generators) // len(prompts),
                            generator=generators, **{**self.options, **options})[0]
         self.listening = False
         return (images.float() * 255).round().to(torch.uint8).cpu()
 
     def learn(self):
-        """Two short calls without guidance, of 3 and of 2 images: arguments whose length follows are per
-        image; timestep = a sigma + b and velocity = sign * output are read off, and must hold."""
+        """Two short calls without guidance, of 3 and of 2 images: arguments have an axis of images where
+        their length follows; velocity = sign * output is read off, and must hold."""
         quiet = dict(self.guide(1.0), num_inference_steps=2, output_type="latent")
         self.generate(["a"], [generator("listen", i) for i in range(3)], **quiet)
-        three = self.calls[0][0]
+        three = self.first
         self.generate(["a"], [generator("listen", i) for i in range(2)], **quiet)
-        (first, _), (second, output) = self.calls
-        self.time = "timesteps" if "timesteps" in first else "timestep"
-        lists = {name for name, value in first.items() if isinstance(value, (torch.Tensor, list))}
-        self.per_image = {name for name in lists if (len(first[name]), len(three[name])) == (2, 3)}
-        self.dtype = first["hidden_states"].dtype
-        s, tau = self.sigmas().tolist(), [call[self.time][0].item() for call in (first, second)]
-        self.a = float(f"{(tau[0] - tau[1]) / (s[0] - s[1]):.0e}")         # 1000, 1 or -1: bf16 rounds times
-        self.b = abs(self.a) * round((tau[0] - self.a * s[0]) / abs(self.a))
-        self.sign = 1.0 if (output * self.model_output).sum() > 0 else -1.0
+        pairs = {name: list(zip(three[name].shape, value.shape)) for name, value in self.first.items()
+                 if torch.is_tensor(value)}
+        self.axis = {name: pair.index((3, 2)) for name, pair in pairs.items() if (3, 2) in pair}
+        z, self.dtype = self.told["hidden_states"], self.told["hidden_states"].dtype
+        self.sign = 1.0 if (self.output * self.model_output).sum() > 0 else -1.0
         with torch.no_grad():
-            z, t = second["hidden_states"], torch.full((2,), s[1])
-            gap = self.velocity(z, t, self.conditions()) - self.model_output
+            gap = self.velocity(z, self.sigmas()[1:].expand(2), self.conditions()) - self.model_output
         if not gap.norm() <= (1e-4 if self.dtype == torch.float32 else 5e-2) * self.model_output.norm():
             raise UsageError(f"--model: {type(self.pipe).__name__} does not step along its network's output")
 
@@ -385,36 +386,42 @@ class Policy:
     def conditions(self):
         """What the network was told, with one row of what it was told per image: a group shares its prompt.
         A guided pipeline ends its doubled batch, or begins its two calls, with the prompted half."""
-        given = {name: value for name, value in self.calls[0][0].items() if name != "hidden_states"}
-        for name in self.per_image & given.keys():
-            given[name] = given[name][-1:].clone() if torch.is_tensor(given[name]) else given[name][-1:]
+        given = {name: value for name, value in self.first.items() if name != "hidden_states"}
+        for name in self.axis.keys() & given.keys():
+            given[name] = given[name].narrow(self.axis[name], -1, 1).clone()
         return given
 
     def velocity(self, z, t, conditions):
         """v_theta(z_t, t, c) in fp32.  z [B, ...], t [B]; conditions of one row -> [B, ...]"""
-        rows = {name: value.expand(len(z), *value.shape[1:]) if torch.is_tensor(value) else value * len(z)
-                for name, value in conditions.items() if name in self.per_image}
-        rows[self.time] = (self.a * t + self.b).to(self.device)    # in fp32; some pipelines round it to bf16
+        rows = {name: conditions[name].repeat_interleave(len(z), axis)      # an expanded one rounds in bf16
+                for name, axis in self.axis.items() if name in conditions}  # unlike the pipeline's copies
+        step = (t[:, None] - self.sigmas().to(t.device)).abs().argmin(1)
+        rows[self.time] = torch.cat(self.times)[step.to(self.device)]       # as heard: bf16 rounds it
         z = z.to(self.device, self.dtype)
         return self.sign * self.transformer(hidden_states=z, **{**conditions, **rows})[0].float()
 
 def make_scheduler(scheduler, solver):
-    """The pipeline's noise schedule under the solver asked for; both know static and dynamic shift."""
+    """The pipeline's own grid of noise levels, whatever the solver."""
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
     config = dict(scheduler.config)
     if "FlowMatch" not in type(scheduler).__name__ and config.get("prediction_type") != "flow_prediction":
         raise UsageError(f"--model: its scheduler {type(scheduler).__name__} is not one of flow matching")
     shift = config.get("shift") or config.get("flow_shift") or 1.0
+    euler = FlowMatchEulerDiscreteScheduler.from_config({**config, "shift": shift})
     if solver == "euler":
-        return FlowMatchEulerDiscreteScheduler.from_config({**config, "shift": shift})
-    flow = dict(flow_shift=shift, use_flow_sigmas=True, prediction_type="flow_prediction")
-    scheduler = DPMSolverMultistepScheduler.from_config({**config, **flow, "algorithm_type": "dpmsolver++"})
-    rounded = scheduler.set_timesteps
+        return euler
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction",
+        use_dynamic_shifting=euler.config.use_dynamic_shifting)
+    scheduler.register_to_config(**{**config, **scheduler.config})         # pipelines read mu's bounds
+    reset = scheduler.set_timesteps
 
-    @functools.wraps(rounded)
-    def set_timesteps(*args, **kwargs):
-        rounded(*args, **kwargs)                                   # to integers: 749 where sigma is .7496
-        scheduler.timesteps = 1000 * scheduler.sigmas[:-1].to(scheduler.timesteps.device)
+    @functools.wraps(euler.set_timesteps)
+    def set_timesteps(n=None, device=None, sigmas=None, **kwargs):
+        sigmas = [1 - i / n for i in range(n)] if sigmas is None else sigmas
+        euler.set_timesteps(sigmas=sigmas, device=device, **kwargs)
+        reset(len(sigmas), device)
+        scheduler.sigmas, scheduler.timesteps = euler.sigmas.cpu(), euler.timesteps
 
     scheduler.set_timesteps = set_timesteps
     return scheduler
@@ -482,11 +489,13 @@ def remember_prompts(pipe, offloaded, device):
 # -------------------------------------------------------------------------------------- LoRA and weight files
 
 ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-LORA_TARGETS = {"FluxTransformer2DModel": ATTENTION + r"|ff(_context)?\.net\.(0\.proj|2)"}
+ELSEWHERE = r"att(n\d?|ention)\.\w+(\.0)?"                         # every projection of an attention
+LORA_TARGETS = {"SD3Transformer2DModel": ATTENTION,
+                "FluxTransformer2DModel": ATTENTION + r"|ff(_context)?\.net\.(0\.proj|2)"}
 
 def add_lora(transformer, cfg, device):
     """Linear layers become y + (alpha / r) B A x, fp32, B = 0: the peers' targets, so not SD3.5's attn2."""
-    pattern = re.compile(rf"(.*\.)?({LORA_TARGETS.get(type(transformer).__name__, ATTENTION)})")
+    pattern = re.compile(rf"(.*\.)?({LORA_TARGETS.get(type(transformer).__name__, ELSEWHERE)})")
     targets = {name: module for name, module in transformer.named_modules()
                if isinstance(module, nn.Linear) and pattern.fullmatch(name)}
     if not targets:
@@ -516,7 +525,8 @@ def save_weights(folder, weights, transformer, cfg):
                   {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)})
     else:
         transformer.save_config(folder / "transformer")
-        save_file({**dict(transformer.named_buffers()), **weights},
+        buffers = {name: value for name, value in transformer.state_dict().items() if name not in weights}
+        save_file({**buffers, **weights},
                   folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 @torch.no_grad()
@@ -670,6 +680,7 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
             stats[:, group.index, rows] = torch.stack([loss, ratio, kl, L]).detach().cpu().double()
         for p in params if dist.is_initialized() else ():
             if not isinstance(p, DTensor):                         # FSDP2 has averaged its own
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a last block's text, as in Qwen
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
         norms.append(whole(nn.utils.clip_grad_norm_(params, cfg.grad_norm or math.inf)).item())
@@ -855,9 +866,14 @@ def train(cfg):
 def main(argv=None):
     try:
         train(parse_config(argv))
-    except (UsageError, RunError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (UsageError, RunError, OSError, SafetensorError, RuntimeError) as error:
+        lost = dist.is_initialized() and re.search("gloo|nccl", str(error), re.I)
+        if type(error) is RuntimeError and not lost:
+            raise                                                  # a fault of this file: its whole traceback
+        if lost:
+            error = f"rank {dist.get_rank()} lost another rank, whose message tells why; go on with --resume"
         if MAIN or not isinstance(error, UsageError):
-            print(f"vgrpo.py: error: {error}", file=sys.stderr)
+            print(f"\nvgrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
