@@ -1,4 +1,6 @@
 """Tests of vgrpo.py, each against an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
+import base64
+import http.server
 import inspect
 import io
 import json
@@ -9,11 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -676,7 +679,7 @@ def test_a_prompt_is_encoded_once(monkeypatch):
     calls = []
     policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):
-        policy.generate(["a blue square on the right"], [gen(i) for i in range(4)])
+        policy.generate(["a blue cross on the right"], [gen(i) for i in range(4)])
     assert len(calls) == 1
 
 
@@ -1123,10 +1126,11 @@ def test_drawn_shapes_are_read_back():
     images = tiny.draw_shapes(labels.repeat(20, 1), gen(0))
     prompts = tiny.PROMPTS * 20
     images = (images * 255).round() / 255
-    assert rewards.shapes(images, prompts, None).mean() >= .97
-    assert rewards.shapes_strict(images, prompts, None).mean() >= .97
-    assert rewards.shapes(images.roll(1, 0), prompts, None).mean() < .9
-    assert rewards.shapes(torch.rand(8, 3, 32, 32, generator=gen(1)), prompts[:8], None).mean() < .4
+    assert tiny.shapes(images, prompts, None).mean() >= .97
+    assert tiny.shapes_strict(images, prompts, None).mean() >= .97
+    assert tiny.shapes(images.roll(1, 0), prompts, None).mean() < .9
+    assert tiny.shapes(torch.rand(8, 3, 32, 32, generator=gen(1)), prompts[:8], None).mean() < .4
+    assert (Path(vgrpo.MODELS["tiny"]) / "prompts.txt").read_text().splitlines() == tiny.PROMPTS
 
 
 def test_the_tiny_pipeline_can_be_made_again():
@@ -1260,13 +1264,13 @@ def test_reward_64_images_cost_one_image_pass_and_one_text_pass_per_prompt(rewar
         return counted
     monkeypatch.setattr(CLIPModel, "get_image_features", count("image", image))
     monkeypatch.setattr(CLIPModel, "get_text_features", count("text", text))
-    monkeypatch.setattr(R, "load", lambda kind, repo, at: loads.update([kind, repo]) or load(kind, repo, at))
+    monkeypatch.setattr(R, "load", lambda kind, *at: loads.update([kind.__name__, at[0]]) or load(kind, *at))
     rewards = R.Rewards(f"clipscore@{reward_hub},aesthetic@{reward_hub}")
     R.Rewards(f"aesthetic@{reward_hub},clipscore@{reward_hub}", share=rewards)     # --eval-reward
     prompts = [p for p in ("a red cube", "a blue cat", "dog", "the fish") for _ in range(16)]
     rewards(reward_noise(64, 32, 32), prompts, [{}] * 64)
     assert seen == {"image": 64, "image passes": 64 // rewards.chunk, "text": 4, "text passes": 4}
-    assert loads == {"CLIPModel": 1, "AutoTokenizer": 1, "openai/clip-vit-large-patch14": 2}
+    assert loads == {"CLIPModel": 1, "openai/clip-vit-large-patch14": 1}
     rewards(reward_noise(64, 32, 32, seed=1), prompts, [{}] * 64)      # new pictures, not the old ones
     assert seen["image"] == 128 and seen["text"] == 4
 
@@ -1337,14 +1341,13 @@ def to_open_clip(state):
     return old
 
 @pytest.fixture
-def hps_weights(tmp_path, monkeypatch):
+def hps_weights(tmp_path):
     """A small ViT-H-14 with everything in one folder -> (folder, the same model in transformers)."""
     from transformers import CLIPConfig, CLIPModel
-    monkeypatch.setattr(R, "HPS_TEXT", R.HPS_TEXT | SMALL_VIT_H)
-    monkeypatch.setattr(R, "HPS_VISION", R.HPS_VISION | SMALL_VIT_H)
     tower = SMALL_VIT_H | dict(hidden_act="gelu", projection_dim=1024)
     config = CLIPConfig(text_config=tower | dict(eos_token_id=49407), projection_dim=1024,
                         vision_config=tower | dict(patch_size=14))
+    config.save_pretrained(tmp_path)
     model = randomise_weights(CLIPModel(config))
     state = to_open_clip(model.state_dict())
     assert {"visual.proj", "text_projection", "ln_final.weight", "visual.ln_pre.bias", "logit_scale",
@@ -1403,65 +1406,300 @@ def test_reward_hps_text(hps_weights):
     assert shown == ["a \"red\" 'cube' \"x\" !", " “x” "]
 
 def to_blip(model):
-    """The parts of R.ImageReward the way ImageReward.pt saves them, with the tensors that it has too many."""
-    old = {"blip.vision_proj.weight": torch.zeros(2), "blip.text_proj.bias": torch.zeros(2),
-           "blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
-    old |= {"blip.text_encoder." + key: value for key, value in model.text.state_dict().items()}
-    old |= {"mlp.layers." + key: value for key, value in model.head.state_dict().items()}
-    for key, value in model.vision.state_dict().items():
-        for new, name in (("embeddings.class_embedding", "cls_token"), ("encoder.layers", "blocks"),
-                          ("embeddings.position_embedding", "pos_embed"), ("post_layernorm", "norm"),
-                          ("embeddings.patch_embedding", "patch_embed.proj"), ("layer_norm", "norm"),
-                          ("self_attn.projection", "attn.proj"), ("self_attn", "attn")):
-            key = key.replace(new, name)
-        old["blip.visual_encoder." + key] = value
+    """A BLIP of transformers the way ImageReward.pt saves it, with the tensor that it has too many."""
+    old = {"blip.text_encoder.embeddings.position_ids": torch.arange(512)[None]}
+    for key, value in model.state_dict().items():
+        if key.startswith("vision_model"):
+            for new, name in (("embeddings.class_embedding", "cls_token"), ("encoder.layers", "blocks"),
+                              ("embeddings.position_embedding", "pos_embed"), ("post_layernorm", "norm"),
+                              ("embeddings.patch_embedding", "patch_embed.proj"), ("layer_norm", "norm"),
+                              ("self_attn.projection", "attn.proj"), ("self_attn", "attn")):
+                key = key.replace(new, name)
+        key = key.replace("vision_model", "visual_encoder")
+        old[key.replace("itm_head", "mlp.layers") if "itm_head" in key else "blip." + key] = value
     return old
 
-def test_reward_imagereward_equals_a_direct_computation(tmp_path, monkeypatch):
+@pytest.fixture
+def blip_weights(tmp_path, monkeypatch):
+    """A small ImageReward with everything in one folder -> (folder, the same model in transformers)."""
+    from transformers import BlipConfig
     sizes = dict(num_hidden_layers=2, intermediate_size=64)
-    monkeypatch.setattr(R, "BLIP_TEXT", R.BLIP_TEXT | sizes | dict(vocab_size=64, encoder_hidden_size=32))
-    monkeypatch.setattr(R, "BLIP_VISION", R.BLIP_VISION | sizes | dict(hidden_size=32, num_attention_heads=2))
+    monkeypatch.setattr(R.hf, "BlipConfig", lambda vision_config, text_config: BlipConfig(
+        vision_config=vision_config | sizes | dict(hidden_size=32, num_attention_heads=2),
+        text_config=text_config | sizes | dict(vocab_size=64)))
     save_small_tokenizer(tmp_path)
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
-        patch.setattr(R, "load_renamed", lambda *args: None)
-        model = randomise_weights(R.ImageReward(tmp_path))
+        patch.setattr(R, "load_renamed", lambda model, *_: model)
+        model = randomise_weights(R.load_imagereward(tmp_path))
     torch.save(to_blip(model), tmp_path / "ImageReward.pt")
+    return tmp_path, model
+
+def test_reward_imagereward_equals_a_direct_computation(blip_weights):
+    folder, model = blip_weights
     images = reward_noise(4)
-    scores = R.Rewards(f"imagereward@{tmp_path}")(images, REWARD_PROMPTS, [{}] * 4)["imagereward"]
+    scores = R.Rewards(f"imagereward@{folder}")(images, REWARD_PROMPTS, [{}] * 4)["imagereward"]
     for image, prompt, score in zip(images, REWARD_PROMPTS, scores):
         ids = [1] + [4 + REWARD_WORDS.index(word) for word in prompt.split()] + [63]
         with torch.no_grad():
-            seen = model.vision(standardised_pixels(image[None])).last_hidden_state
-            state = model.text(torch.tensor([ids]), encoder_hidden_states=seen).last_hidden_state[0, 0]
+            seen = model.vision_model(standardised_pixels(image[None])).last_hidden_state
+            state = model.text_encoder(torch.tensor([ids]), encoder_hidden_states=seen)[0][0, 0]
             for i in (0, 2, 4, 6, 7):
-                state = state @ model.head[i].weight.T + model.head[i].bias
+                state = state @ model.itm_head[i].weight.T + model.itm_head[i].bias
         assert abs((state.item() - 0.16717362830052426) / 1.0333394966054072 - score.item()) < 1e-4
-    assert scores.std() > 1e-3 and model.text.config.hidden_act == "gelu" == model.vision.config.hidden_act
-    broken = to_blip(model)
-    del broken["blip.visual_encoder.blocks.1.attn.qkv.weight"]
-    torch.save(broken, tmp_path / "ImageReward.pt")
-    with pytest.raises(R.UsageError, match="vision.encoder.layers.1.self_attn.qkv.weight"):
-        R.Rewards(f"imagereward@{tmp_path}")
+    assert scores.std() > 1e-3
 
-def test_reward_the_published_sizes(monkeypatch):
-    """Counted without memory: ViT-H-14 and ImageReward's BLIP as the papers give them."""
-    from transformers import CLIPConfig, CLIPModel
-    monkeypatch.setattr(R, "load_renamed", lambda *args: None)
-    monkeypatch.setattr(R, "load", lambda *args: None)
+def test_reward_blip_mapping_inverts(blip_weights):
+    folder, model = blip_weights
+    state = torch.load(folder / "ImageReward.pt")
+    assert {"blip.visual_encoder.cls_token", "blip.visual_encoder.patch_embed.proj.weight",
+            "mlp.layers.7.bias", "blip.visual_encoder.pos_embed", "blip.visual_encoder.norm.bias",
+            "blip.vision_proj.weight",
+            "blip.visual_encoder.blocks.1.attn.qkv.weight", "blip.visual_encoder.blocks.0.attn.proj.weight",
+            "blip.visual_encoder.blocks.0.norm2.weight", "blip.visual_encoder.blocks.1.mlp.fc1.bias",
+            "blip.text_encoder.encoder.layer.0.crossattention.self.query.weight"} <= set(state)
+    back = R.load_imagereward(folder).state_dict()
+    assert set(back) == set(model.state_dict())
+    assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+    name = "blip.visual_encoder.blocks.1.attn.qkv.weight"
+    for change in ({name: None}, {"blip.visual_encoder.extra": torch.zeros(1)}, {name: torch.zeros(3, 3)}):
+        broken = {key: value for key, value in (state | change).items() if value is not None}
+        torch.save(broken, folder / "ImageReward.pt")
+        with pytest.raises(R.UsageError, match="vision_model.(encoder.layers.1.self_attn.qkv.weight|extra)"):
+            R.Rewards(f"imagereward@{folder}")
+
+def test_reward_the_published_size(monkeypatch):
+    """Counted without memory: ImageReward's BLIP as the paper gives it."""
+    monkeypatch.setattr(R, "load_renamed", lambda model, *_: model)
+    monkeypatch.setattr(R.hf.AutoTokenizer, "from_pretrained", lambda place: None)
     with torch.device("meta"):
-        hps = CLIPModel(CLIPConfig(text_config=R.HPS_TEXT, vision_config=R.HPS_VISION, projection_dim=1024))
-        blip = R.ImageReward(None)
-    def millions(model):
-        return sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    assert round(millions(hps)) == 986 and round(millions(blip)) == 446
-    text, vision = blip.text.config, blip.vision.config
+        blip = R.load_imagereward(None)
+    parts = blip.vision_model, blip.text_encoder, blip.itm_head
+    assert round(sum(p.numel() for part in parts for p in part.parameters()) / 1e6) == 446
+    text, vision = blip.text_encoder.config, blip.vision_model.config
     assert (text.vocab_size, text.num_attention_heads, text.layer_norm_eps) == (30524, 12, 1e-12)
     assert (vision.image_size, vision.patch_size, vision.num_attention_heads) == (224, 16, 16)
     assert vision.layer_norm_eps == 1e-6 and text.num_hidden_layers == 12 and vision.num_hidden_layers == 24
-    for config in (hps.config.text_config, hps.config.vision_config):
-        assert (config.hidden_act, config.num_attention_heads, config.layer_norm_eps) == ("gelu", 16, 1e-5)
-    assert hps.config.text_config.eos_token_id == 49407 and hps.config.text_config.vocab_size == 49408
+    assert text.is_decoder and text.hidden_act == "gelu" == vision.hidden_act
+
+# ---- GenEval
+def found_box(x, y, size=20):
+    return (0.9, torch.tensor([[x, y], [x + size, y + size]]), None)
+
+def wanted(name, count=1, **more):
+    return {"class": name, "count": count, **more}
+
+def verdicts(found, include, exclude=(), colours=None):
+    """(score, strict, accuracy) of hand-made objects; colours: {class: [colour of each object]}."""
+    data = {"include": include, "exclude": list(exclude)}
+    def colour_of(name, box, mask):
+        place = next(i for i, one in enumerate(found[name]) if one[1] is box)
+        return colours[name][place]
+    rules = ("score", "strict", "accuracy")
+    return tuple(round(float(R.verdict(found, data, colour_of, rule)), 4) for rule in rules)
+
+def test_reward_verdict_single_and_two_objects():
+    assert verdicts({"dog": [found_box(0, 0)]}, [wanted("dog")]) == (1, 1, 1)
+    assert verdicts({}, [wanted("dog")]) == (0, 0, 0)
+    assert verdicts({"dog": [found_box(0, 0), found_box(9, 9)]}, [wanted("dog")]) == (0, 0, 1)  # too many
+    assert verdicts({"dog": [found_box(0, 0)] * 5}, [wanted("dog")]) == (0, 0, 1)             # not below 0
+    both = [wanted("dog"), wanted("cat")]
+    assert verdicts({"dog": [found_box(0, 0)], "cat": [found_box(9, 9)]}, both) == (1, 1, 1)
+    assert verdicts({"cat": [found_box(9, 9)], "cow": [found_box(0, 0)]}, both) == (0.5, 0, 0)
+
+def test_reward_verdict_counting():
+    include, exclude = [wanted("dog", 3)], [wanted("dog", 4)]
+    for n, want in ((0, (0, 0, 0)), (2, (0.6667, 0, 0)), (3, (1, 1, 1)), (4, (0.6667, 0, 0)), (7, (0, 0, 0))):
+        assert verdicts({"dog": [found_box(0, 0)] * n}, include, exclude) == want
+    assert verdicts({"dog": [found_box(0, 0)] * 4}, include) == (0.6667, 0, 1)  # "accuracy" needs exclude
+
+def test_reward_verdict_colours():
+    dogs = {"dog": [found_box(0, 0), found_box(50, 0)]}
+    include = [wanted("dog", 2, color="red")]
+    assert verdicts(dogs, include, colours={"dog": ["red", "red"]}) == (1, 1, 1)
+    assert verdicts(dogs, include, colours={"dog": ["red", "blue"]}) == (0.75, 0, 0)
+    assert verdicts(dogs, include, colours={"dog": ["blue", "blue"]}) == (0.5, 0, 0)
+    three = {"dog": dogs["dog"] + [found_box(90, 0)]}
+    assert verdicts(three, include, colours={"dog": ["red", "red", "blue"]}) == (0.25, 0, 1)   # (1/2 + 0) / 2
+    assert verdicts({"dog": dogs["dog"][:1]}, include, colours={"dog": ["red"]}) == (0.25, 0, 0)
+    pair = [wanted("dog", color="red"), wanted("cat", color="blue")]        # color_attr
+    found = {"dog": [found_box(0, 0)], "cat": [found_box(50, 0)]}
+    assert verdicts(found, pair, colours={"dog": ["red"], "cat": ["blue"]}) == (1, 1, 1)
+    assert verdicts(found, pair, colours={"dog": ["blue"], "cat": ["red"]}) == (0.5, 0, 0)     # swapped
+
+def test_reward_verdict_positions():
+    include = [wanted("cat"), wanted("dog", position=["right of", 0])]
+    for x, y, want in ((200, 100, (1, 1, 1)), (0, 100, (0.6667, 0, 0)), (100, 200, (0.6667, 0, 0)),
+                       (103, 100, (0.6667, 0, 0))):        # left; below; a shift of 3 < (20 + 20) / 10
+        assert verdicts({"cat": [found_box(100, 100)], "dog": [found_box(x, y)]}, include) == want
+    assert verdicts({"dog": [found_box(200, 100)]}, include) == (0.3333, 0, 0)       # nothing to be right of
+    assert verdicts({"cat": [found_box(100, 100)]}, include) == (0.3333, 0, 0)
+    two = {"cat": [found_box(100, 100)], "dog": [found_box(200, 100), found_box(0, 0)]}
+    assert verdicts(two, include) == (0.3333, 0, 1)       # "accuracy" looks at the best dog only
+    dogs = [wanted("cat"), wanted("dog", 2, position=["right of", 0])]      # each of them must be there
+    assert verdicts(two, dogs) == (0.6667, 0, 0)
+    red = [wanted("cat", color="red"), wanted("dog", position=["right of", 0])]
+    right = {"cat": [found_box(100, 100)], "dog": [found_box(200, 100)]}
+    assert verdicts(right, red, colours={"cat": ["blue"]}) == (0.5, 0, 0)       # (1 + 0 + 1 + 0) / 4
+
+def test_reward_relations():
+    for a, b, sides in (((0, 0), (100, 0), {"left of"}), ((100, 0), (0, 0), {"right of"}),
+                        ((0, 0), (0, 100), {"above"}), ((100, 100), (0, 0), {"right of", "below"}),
+                        ((100, 49), (0, 0), {"right of"}),        # below by (49 - 4) / 111 < .5
+                        ((3, 3), (0, 0), set()), ((0, 0), (0, 0), set())):
+        assert R.relations(found_box(*a)[1], found_box(*b)[1]) == sides
+    assert R.relations(found_box(0, 0, 10)[1], found_box(10, 0, 60)[1]) == {"left of"}   # 35 > 70 / 10
+    assert R.relations(found_box(30, 30, 10)[1], found_box(0, 0, 80)[1]) == set()        # 5 < 90 / 10
+
+def fake_detector(classes, masks, sizes):
+    """What find_objects uses of a Mask2Former, with these answers."""
+    def net(pixels, output_hidden_states):
+        sizes.append(tuple(pixels.shape))
+        return SimpleNamespace(masks_queries_logits=[None, masks],
+                               transformer_decoder_intermediate_states=[None, classes.transpose(0, 1)])
+    net.class_predictor = lambda queries: queries
+    return net
+
+def test_reward_find_objects():
+    """Masks of known place and strength, at a quarter of an input of 800 x 1072, padded to 800 x 1088."""
+    image = reward_noise(1, 300, 402)[0]
+    masks, classes = torch.full((1, 5, 200, 272), -4.0), torch.full((1, 5, 81), -9.0)
+    classes[..., 80] = 3.0
+    def put(query, label, probability, rows, columns, logit):
+        classes[0, query] = math.log((1 - probability) / 80)
+        classes[0, query, label] = math.log(probability)
+        masks[0, query, slice(*rows), slice(*columns)] = logit
+    put(0, 16, 0.95, (50, 100), (40, 80), 4.0)        # dog, 0.95 * sigmoid(4)
+    put(1, 16, 0.97, (0, 30), (0, 30), 4.0)
+    put(2, 16, 0.40, (0, 30), (0, 30), 0.5)           # 0.4 * sigmoid(.5) < 0.3
+    put(3, 64, 0.50, (100, 200), (200, 272), 4.0)     # the right end of the mask is padding
+    put(4, 0, 0.99, (0, 0), (0, 0), 4.0)              # an empty mask
+    sizes = []
+    net = fake_detector(classes, masks, sizes)
+    found = R.find_objects(net, image)
+    assert sizes == [(1, 3, 800, 1088)] and set(found) == {"dog", "computer mouse"}
+    (first, first_box, _), (second, second_box, mask) = found["dog"]
+    sigmoid = 1 / (1 + math.exp(-4))
+    assert 0.97 * 0.9 < first < 0.97 * sigmoid and 0.95 * 0.9 < second < 0.95 * sigmoid and first > second
+    want = np.array([40, 50, 80, 100]) * 4 * 300 / 800
+    assert np.abs(second_box.flatten().numpy() - want).max() <= 1
+    assert np.abs(first_box.flatten().numpy() - [0, 0, 45, 45]).max() <= 1
+    assert found["computer mouse"][0][1][1, 0] == 402 and mask.shape == (300, 402)
+    x0, y0, x1, y1 = second_box.flatten()
+    assert mask[y0:y1, x0:x1].sum() == mask.sum() and mask[y0].any() and mask[:, x1 - 1].any()
+    strict = R.find_objects(net, image, "counting")      # the mask's factor decides
+    assert [one[0] for one in strict.get("dog", [])] == [score for score in (first, second) if score > 0.9]
+    assert second < 0.94
+    R.find_objects(net, reward_noise(1, 203, 260)[0], "counting")     # 800 x 1024.63 -> 1025 -> 1056
+    assert sizes[-1] == (1, 3, 800, 1056)
+    many = torch.full((1, 40, 81), -9.0)
+    many[..., 3] = 9.0
+    full = fake_detector(many, torch.full((1, 40, 200, 200), 5.0), [])
+    full = R.find_objects(full, reward_noise(1)[0])
+    assert {name: len(group) for name, group in full.items()} == {"motorcycle": 16}
+
+@pytest.fixture(scope="session")
+def geneval_folder(tmp_path_factory):
+    """A small Mask2Former, saved as the published one, that sees a person in each of 4 queries; a CLIP."""
+    from safetensors.torch import save_file
+    from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
+    root = tmp_path_factory.mktemp("geneval")
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=7,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+                               encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_labels=80,
+                               num_attention_heads=2, dim_feedforward=32, num_queries=4)
+    torch.manual_seed(0)
+    state = {"model." + key: value.clone() for key, value in Mask2FormerModel(config).state_dict().items()}
+    state |= {"class_predictor.weight": torch.randn(81, 32) * 0.3, "class_predictor.bias": torch.zeros(81),
+              "criterion.empty_weight": torch.ones(81)}
+    state["class_predictor.bias"][0] = 9.0
+    folder = root / "mask2former-swin-small-coco-instance"
+    folder.mkdir()
+    config.save_pretrained(folder)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    small_clip(projection=32, seed=5).save_pretrained(root / "clip-vit-large-patch14")
+    save_small_tokenizer(root / "clip-vit-large-patch14")
+    return root
+
+def test_reward_geneval_runs_end_to_end(geneval_folder, monkeypatch):
+    images, data = reward_noise(2, 64, 96), {"tag": "colors", "include": [wanted("person", 1, color="red")]}
+    names = ("geneval", "geneval-strict", "geneval-accuracy")
+    rewards = R.Rewards(",".join(f"{name}@{geneval_folder}" for name in names))
+    seen, original = [], R.find_objects
+    monkeypatch.setattr(R, "find_objects", lambda *args: seen.append(original(*args)) or seen[-1])
+    rewards.check(["a red person"] * 2, [data] * 2)
+    scores = rewards(images, ["a red person"] * 2, [data] * 2)
+    assert len({model for reward in rewards.rewards.values() for model in reward.args[1:]}) == 2
+    assert tuple(scores) == names and all(0 <= score <= 1 for score in scores["geneval"].tolist())
+    n = [len(found.get("person", [])) for found in seen]
+    assert n[:2] == n[2:4] == n[4:] and max(n) > 0, "the small detector should see someone"
+    net = rewards.rewards["geneval"].args[1]
+    whole = original(net, images[1])
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(whole["person"], seen[1]["person"], strict=True))
+    assert net.class_predictor.bias[0] == 9 and net.class_predictor.weight.shape == (81, 32)
+    out = net(torch.rand(2, 3, 64, 64), output_hidden_states=True)
+    assert out.transformer_decoder_intermediate_states[-1].shape == (4, 2, 32)
+    assert out.masks_queries_logits[-1].shape == (2, 4, 16, 16)
+
+def test_reward_object_colours(geneval_folder):
+    """Straight from the model: each object cut out on grey, three sentences for each colour."""
+    from transformers import AutoTokenizer
+    run = R.Rewards(f"clipscore@{geneval_folder}")
+    (shared,) = run.rewards["clipscore"].args
+    tokenizer, answers = AutoTokenizer.from_pretrained(geneval_folder / "clip-vit-large-patch14"), []
+    def text(sentences):
+        tokens = tokenizer(sentences, padding=True, return_tensors="pt")
+        return F.normalize(shared.model.get_text_features(**tokens).pooler_output).mean(0)
+    def picture(cut):
+        return F.normalize(shared.model.get_image_features(pixel_values=R.clip_pixels(cut)).pooler_output)[0]
+    with torch.no_grad():
+        texts = torch.stack([text([f"a photo of a {colour} person", f"a photo of a {colour}-colored person",
+                                   f"a photo of a {colour} object"]) for colour in REWARD_COLORS])
+    for image in torch.rand(16, 3, 64, 96, generator=torch.Generator().manual_seed(0)):
+        mask = torch.zeros(64, 96, dtype=torch.bool)
+        mask[10:50, 20:50] = True
+        mask[10:20, 20:30] = False
+        cut = torch.where(mask, image, torch.tensor(0x99 / 255))[None, :, 10:50, 20:50]
+        with torch.no_grad():
+            feature = picture(cut)
+        answers.append(REWARD_COLORS[(F.normalize(texts, dim=-1) @ feature).argmax()])
+        box = torch.tensor([[20, 10], [50, 50]])
+        assert R.object_color(shared, image, "person", box, mask) == answers[-1]
+    assert len(set(answers)) > 1
+
+def test_reward_geneval_prompts():
+    drawn = R.geneval_prompts(600, 7)
+    assert drawn == R.geneval_prompts(600, 7) != R.geneval_prompts(600, 8)
+    assert drawn[:100] == R.geneval_prompts(100, 7) and len({data["prompt"] for data in drawn}) == 600
+    tags = Counter(data["tag"] for data in drawn[:60])
+    assert set(tags) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    assert min(tags.values()) >= 8
+    parts = [part for data in drawn for part in data["include"]]
+    assert {part["count"] for part in parts} == {1, 2, 3, 4}
+    assert {part.get("color") for part in parts} == {None, *REWARD_COLORS}
+    sides = {part["position"][0] for part in parts if "position" in part}
+    assert sides == {"left of", "right of", "above", "below"}
+    for data in drawn:
+        assert R.NEEDS[R.geneval][1](data["prompt"], data)
+        for part in data["include"]:
+            assert part["class"] in data["prompt"] and part.get("color", "") in data["prompt"]
+        if data["tag"] == "counting":
+            (part,), (other,) = data["include"], data["exclude"]
+            assert 2 <= part["count"] <= 4 and other == wanted(part["class"], part["count"] + 1)
+            number, plural = ("two", "three", "four")[part["count"] - 2], part["class"] + "s"
+            odd = {"sheep": "sheep", "skis": "skis", "scissors": "scissors", "bus": "buses",
+                   "bench": "benches", "wine glass": "wine glasses", "couch": "couches",
+                   "sandwich": "sandwiches", "toothbrush": "toothbrushes"}
+            assert data["prompt"] == f"a photo of {number} {odd.get(part['class'], plural)}"
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", data["prompt"])
+        if data["tag"] == "position":
+            other, part = data["include"]
+            side = part["position"][0]
+            assert re.search(f"{part['class']} {side} an? {other['class']}$", data["prompt"])
+            assert part["position"][1] == 0
+    assert len(R.COCO) == len(set(R.COCO)) == 80 and R.CLIP_COLORS == REWARD_COLORS
+    assert R.COCO[64:67] == ["computer mouse", "tv remote", "computer keyboard"]
 
 # ---- OCR
 def flooded(mask):
@@ -1515,7 +1753,7 @@ def ocr_lines(image, probs, lines, seen):
     def read(pixels):
         seen.append(pixels)
         return SimpleNamespace(last_hidden_state=lines)
-    return R.Ocr.text(SimpleNamespace(find=find, read=read, characters=["blank", "a", "b", "c", " "]), image)
+    return R.read_text(find, read, ["blank", "a", "b", "c", " "], image)
 
 def test_reward_ctc():
     def steps(text, high=0.9):
@@ -1584,10 +1822,11 @@ def ocr_folder(tmp_path_factory):
 
 def test_reward_ocr_runs_end_to_end(ocr_folder):
     rewards = R.Rewards(f"ocr@{ocr_folder}")
-    (model,) = rewards.models.values()
+    find, read, characters = rewards.rewards["ocr"].args
     images, prompts = reward_noise(3, 96, 200), ['a sign "abcd"'] * 3
-    assert model.find(images[..., :192]).last_hidden_state.shape == (3, 1, 96, 192)
-    assert model.read(torch.zeros(1, 3, 48, 320)).last_hidden_state.shape == (1, 40, 6)
+    assert find(images[..., :192]).last_hidden_state.shape == (3, 1, 96, 192)
+    assert read(torch.zeros(1, 3, 48, 320)).last_hidden_state.shape == (1, 40, 6)
+    assert characters == ["blank", *"abcd", " "]
     scores = rewards(images, prompts, [{}] * 3)["ocr"]
     assert all(0 <= score <= 1 for score in scores.tolist())
     with pytest.raises(R.UsageError, match="--reward ocr: prompt 'no text'.*double quotes"):
@@ -1614,6 +1853,86 @@ def test_reward_ocr_pixels():
     probs[0, 0, 40:61, 80:121] = 0.95       # a short line: 48 high, its width padded to 320 on the right
     ocr_lines(image, probs, lines, shown)
     assert shown[2].shape == (1, 3, 48, 320) and shown[2][..., 200:].eq(0).all() and shown[2][..., 0].any()
+
+# ---- UnifiedReward
+@pytest.fixture
+def judge_server(monkeypatch):
+    """A server that answers by the caption; yields (its address, the requests it saw)."""
+    seen, fails = [], Counter()
+    answers = {"well": "Nice. Final Score: 4", "markdown": "## Review\n**Final Score:** **3.5**/5",
+               "ten": "Final Score: 10", "none": "I like it, 5 of 5",
+               "twice": "On the scale Final Score: 1 to 5 ... final score: 2\n",
+               "late": "Final Score: 5", "once": "Final Score: 3", "lines": "Final Score:\n\n4.5 out of 5"}
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+        def reply(self, body, status=200):
+            try:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+            except OSError:
+                pass        # the client did not wait
+        def do_GET(self):
+            self.reply(b'{"data": [{"id": "a-judge"}]}' if self.path == "/v1/models" else b"")
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.requestline.split()[1], body))        # as sent: self.path mends a "//"
+            word = re.search(r"CASE (\w+)", body["messages"][0]["content"][1]["text"])[1]
+            fails[word] += 1
+            if word == "late":
+                time.sleep(1.5)
+            if word == "error" or (word == "once" and fails[word] < 3):
+                return self.reply(b"overloaded", 503)
+            if word == "garbled":
+                return self.reply(b"{not json")
+            if word == "hangup":
+                return self.connection.close()
+            if word == "short":
+                self.send_response(200)
+                self.send_header("Content-Length", "99")
+                self.end_headers()
+                self.wfile.write(b"{")
+                return self.connection.close()
+            if word == "odd":
+                return self.reply(b'{"choices": []}')
+            return self.reply(json.dumps({"choices": [{"message": {"content": answers[word]}}]}).encode())
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 64)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    post = R.requests.post
+    monkeypatch.setattr(R.requests, "post",           # 0.8 s for 60
+                        lambda url, json, timeout: post(url, json=json, timeout=timeout / 75))
+    yield f"http://127.0.0.1:{server.server_port}", seen, fails
+    server.shutdown()
+    server.server_close()
+
+def test_reward_unified(judge_server):
+    url, seen, tries = judge_server
+    want = {"well": 0.8, "markdown": 0.7, "ten": None, "none": None, "twice": 0.4, "late": None, "once": 0.6,
+            "lines": 0.9, "error": None, "garbled": None, "hangup": None, "odd": None, "short": None}
+    images, rewards = reward_noise(len(want), 32, 48), R.Rewards(f"unified@{url}/")
+    scores = rewards(images, [f"CASE {word}" for word in want], [{}] * len(want))["unified"]
+    got = [None if score.isnan() else round(score.item(), 4) for score in scores]
+    assert dict(zip(want, got)) == want
+    once = ("well", "markdown", "ten", "twice", "lines")
+    assert tries == {word: 1 if word in once else 3 for word in want}
+    path, body = next((path, body) for path, body in seen if "CASE well" in str(body))
+    (message,), (picture, text) = body["messages"], body["messages"][0]["content"]
+    assert path == "/v1/chat/completions" and body["model"] == "a-judge" and body["temperature"] == 0
+    assert message["role"] == "user" and text["type"] == "text" and "Final Score:" in text["text"]
+    head, data = picture["image_url"]["url"].split(",")
+    assert picture["type"] == "image_url" and head == "data:image/jpeg;base64"
+    decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
+    assert decoded.shape == (32, 48, 3)
+    assert np.abs(decoded - (images[0] * 255).round().permute(1, 2, 0).numpy()).mean() < 8
+    assert rewards.weights == {"unified": 1} and R.Rewards(f"unified@{url}=0.5").weights == {"unified": 0.5}
+
+def test_reward_an_unreachable_judge_is_named_at_start_up():
+    for spec in ("unified@http://127.0.0.1:9", "unified"):
+        with pytest.raises(R.UsageError, match="--reward unified.*vllm serve") as error:
+            R.Rewards(spec)
+        assert "\n" not in str(error.value)
 
 # ---- JPEG, the user's own, errors
 def test_reward_jpeg():
@@ -1686,8 +2005,8 @@ def test_reward_the_users_own(own_rewards):
     assert off.max() > 1
 
 @pytest.mark.parametrize("name, message", [
-    ("raises", "KeyError: 'no such"), ("shape", r"\[3, 1\]"), ("scalar", r"\[\]"), ("integer", "int64"),
-    ("a_list", "list"), ("inf", "inf"), ("meta", "meta")])
+    ("raises", "KeyError: 'no such"), ("shape", r"\[3, 1\]"), ("scalar", "zero-dimensional"),
+    ("integer", "int64"), ("a_list", "list"), ("inf", "inf"), ("meta", "meta")])
 def test_reward_a_reward_that_fails_is_named(own_rewards, name, message):
     with pytest.raises(R.RunError, match=message) as error:
         rewards = R.Rewards(f"incompressibility,{own_rewards}:{name}")
@@ -1697,12 +2016,12 @@ def test_reward_a_reward_that_fails_is_named(own_rewards, name, message):
     assert error.value.__cause__ is not None
 
 @pytest.mark.parametrize("spec, message", [
-    ("pickscor", "pickscor:.*NUMBER.*pickscore, clipscore"), ("", "NUMBER"), ("pickscore,", "NUMBER"),
+    ("pickscor", "pickscor:.*NUMBER.*pickscore, clipscore"), ("", "NUMBER"), ("compressibility,", "NUMBER"),
     ("compressibility=abc", "=abc:.*number|float"), ("compressibility=-1", "=-1:.*0 or more"),
     ("compressibility=nan", "NUMBER"), ("compressibility=", "=:.*float"), ("compressibility=1.2.3", "1.2.3"),
     ("compressibility,compressibility=2", "each once"), ("compressibility=0", "weights are 0"),
-    ("pickscore@nowhere", "No such file.*nowhere"), ("nowhere.py:fn", "no file nowhere.py"),
-    ("OWN:none", "own.py with a function or class 'none'"), ("OWN:number", "'number'"),
+    ("pickscore@nowhere", "No such file.*nowhere"), ("nowhere.py:fn", "No such file.*nowhere.py"),
+    ("OWN:none", "own.py:none: KeyError: 'none'"),
     ("OWN:red,OWN:red", "red.*each once"), ("BAD:fn", "invalid syntax"), ("hpsv2@EMPTY", "hpsv2@/"),
     ("pickscore@EMPTY", "pickscore@/"), ("clipscore", "hf auth login.*NAME@FOLDER"),
     ("hpsv2", "hf auth login.*NAME@FOLDER")])
@@ -1727,9 +2046,13 @@ def test_reward_missing_weights_are_named(reward_hub, tmp_path):
     with pytest.raises(R.UsageError, match="clipscore.*visual_projection.weight"):
         R.Rewards(f"clipscore@{tmp_path}")
 
-def test_reward_check_names_the_first_unfit_prompt(ocr_folder):
-    with pytest.raises(R.UsageError, match="ocr: prompt 'second'.*double quotes"):
-        R.Rewards(f"ocr@{ocr_folder}").check(['a "first"', "second"], [{}, {}])
+def test_reward_check_names_the_first_unfit_prompt(ocr_folder, geneval_folder):
+    rewards = R.Rewards(f"geneval-accuracy@{geneval_folder},incompressibility")
+    good = R.geneval_prompts(3, 0)
+    rewards.check([data["prompt"] for data in good], good)
+    for bad in ({}, {"include": []}, {"include": [wanted("unicorn")]}, {"include": [{"class": "dog"}]}):
+        with pytest.raises(R.UsageError, match="geneval-accuracy: prompt 'second'.*include"):
+            rewards.check(["first", "second"], [good[0], bad])
 
 def test_reward_offload_and_half(reward_hub, monkeypatch):
     """Models wait on the CPU; half precision moves a score by less than 1e-2 of the scores' spread."""
@@ -1740,53 +2063,49 @@ def test_reward_offload_and_half(reward_hub, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(R, "HALF", torch.autocast("cpu", torch.float16))
         half = rewards(images, prompts, [{}] * 8)
-    assert {p.dtype for module in rewards.models.values() for p in module.parameters()} == {torch.float32}
+    clips = [reward.args[0] for reward in rewards.rewards.values()]
+    assert {p.dtype for clip in clips for p in clip.parameters()} == {torch.float32}
     for name in full:
         assert 0 < (full[name] - half[name]).abs().max() < 1e-2 * full[name].std()
     moves = []
-    for i, module in enumerate(rewards.models.values()):
-        module._apply = lambda fn, i=i: moves.append((i, str(fn(torch.zeros(1)).device)))
+    for i, clip in enumerate(clips):
+        clip._apply = lambda fn, i=i: moves.append((i, str(fn(torch.zeros(1)).device)))
+    def score(clip, images, prompts, metadata):
+        moves.append(str(images.device))
+        return torch.zeros(8)
     for offload, home in ((True, "cpu"), (False, "meta")):
         rewards = R.Rewards(spec, device="meta", offload=offload, share=rewards)
-        monkeypatch.setattr(rewards, "score", lambda *args: moves.append("score") or torch.zeros(8))
+        assert [reward.args[0] for reward in rewards.rewards.values()] == clips
+        rewards.rewards = {name: partial(score, *reward.args) for name, reward in rewards.rewards.items()}
         rewards(images, prompts, [{}] * 8)
-        assert moves == [(0, "meta"), "score", (0, home), (1, "meta"), "score", (1, home)]
+        assert moves == [(0, "meta"), "meta", (0, home), (1, "meta"), "meta", (1, home)]
         moves.clear()
-
-def shape_pictures(n=24, seed=0):
-    """n of the 24 captions, drawn with shape_masks at random places and sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    color, shape, side = torch.cartesian_prod(*(torch.arange(len(kind)) for kind in R.WORDS))[:n].unbind(1)
-    u = torch.rand(3, n, generator=generator)
-    masks = R.shape_masks(7 + 16 * side + 2 * u[0], 13 + 6 * u[1], 90 + 50 * u[2])[torch.arange(n), shape]
-    images = R.BACKGROUND + masks[:, None] * (R.palette()[color][:, :, None, None] - R.BACKGROUND)
-    return images, [f"a {R.WORDS[0][c]} {R.WORDS[1][s]} on the {R.WORDS[2][p]}"
-                    for c, s, p in zip(color, shape, side)]
 
 def test_reward_shapes():
     rewards, right, strict = R.Rewards("shapes,shapes-strict"), [], []
     for seed in range(10):
-        images, prompts = shape_pictures(seed=seed)
-        rewards.check(prompts, [{}] * 24)
+        labels = torch.cartesian_prod(*(torch.arange(len(kind)) for kind in tiny.WORDS))
+        images, prompts = tiny.draw_shapes(labels, gen(seed)), tiny.PROMPTS
         scores = rewards(images, prompts, [{}] * 24)
         right, strict = right + scores["shapes"].tolist(), strict + scores["shapes-strict"].tolist()
     assert np.mean(right) >= 0.97 and np.mean(strict) >= 0.97 and set(strict) <= {0.0, 1.0}
-    large = F.interpolate(images, (256, 256), mode="bilinear")
-    assert torch.equal(R.read_shapes(large), R.read_shapes(images))
+    large = F.interpolate(images, (256, 256))
+    for name, value in rewards(large, prompts, [{}] * 24).items():
+        assert torch.equal(value, scores[name])
     words = prompts[0].split()      # a red circle on the left
-    for wrong, kinds in (("a blue circle on the left", 2), ("a blue square on the left", 1),
-                         ("a blue square on the right", 0)):
+    for wrong, kinds in (("a blue circle on the left", 2), ("a blue cross on the left", 1),
+                         ("a blue cross on the right", 0)):
         scores = rewards(images[:1], [wrong], [{}])
         assert abs(scores["shapes"].item() - kinds / 3) < 1e-6 and scores["shapes-strict"].item() == 0
     assert words == "a red circle on the left".split()
     prompts = prompts[:4]
     rough = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for nothing in (torch.zeros(4, 3, 32, 32), torch.full((4, 3, 32, 32), R.BACKGROUND), rough):
+    for nothing in (torch.zeros(4, 3, 32, 32), torch.full((4, 3, 32, 32), tiny.BACKGROUND), rough):
         for value in rewards(nothing, prompts, [{}] * 4).values():
             assert value.tolist() == [0] * 4
-    for bad in ("a dog", "a red circle", "a square on the left", "reddish circle on the left", ""):
-        with pytest.raises(R.UsageError, match="--reward shapes.*has no word of each.*triangle"):
-            rewards.check(prompts[:1] + [bad], [{}] * 2)
+    for bad in ("a dog", "a red circle", "a cross on the left", "reddish circle on the left", ""):
+        with pytest.raises(R.RunError, match="reward shapes.*has no word of each.*triangle"):
+            rewards(images[:2], prompts[:1] + [bad], [{}] * 2)
 
 def test_reward_command_line(own_rewards, tmp_path):
     for i, picture in enumerate(reward_noise(2, 8, 12)):

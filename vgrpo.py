@@ -557,7 +557,7 @@ def load_weights(path, weights, cfg, flag):
 def load_prompts(cfg):
     """-> items to train on, items to evaluate on; an item is a dict of "prompt" and its metadata."""
     if cfg.prompts == "shapes":
-        items = [{"prompt": "a {} {} on the {}".format(*words)} for words in itertools.product(*rewards.WORDS)]
+        items = read_prompts(MODELS["tiny"] + "/prompts.txt")
     elif cfg.prompts in ("geneval", "ocr"):
         items = getattr(rewards, cfg.prompts + "_prompts")(4000, seed=0)
     else:
