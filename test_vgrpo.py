@@ -679,7 +679,7 @@ def test_a_prompt_is_encoded_once(monkeypatch):
     calls = []
     policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):
-        policy.generate(["a blue cross on the right"], [gen(i) for i in range(4)])
+        policy.generate(["a blue bar on the right"], [gen(i) for i in range(4)])
     assert len(calls) == 1
 
 
@@ -2093,8 +2093,8 @@ def test_reward_shapes():
     for name, value in rewards(large, prompts, [{}] * 24).items():
         assert torch.equal(value, scores[name])
     words = prompts[0].split()      # a red circle on the left
-    for wrong, kinds in (("a blue circle on the left", 2), ("a blue cross on the left", 1),
-                         ("a blue cross on the right", 0)):
+    for wrong, kinds in (("a blue circle on the left", 2), ("a blue bar on the left", 1),
+                         ("a blue bar on the right", 0)):
         scores = rewards(images[:1], [wrong], [{}])
         assert abs(scores["shapes"].item() - kinds / 3) < 1e-6 and scores["shapes-strict"].item() == 0
     assert words == "a red circle on the left".split()
@@ -2103,7 +2103,7 @@ def test_reward_shapes():
     for nothing in (torch.zeros(4, 3, 32, 32), torch.full((4, 3, 32, 32), tiny.BACKGROUND), rough):
         for value in rewards(nothing, prompts, [{}] * 4).values():
             assert value.tolist() == [0] * 4
-    for bad in ("a dog", "a red circle", "a cross on the left", "reddish circle on the left", ""):
+    for bad in ("a dog", "a red circle", "a bar on the left", "reddish circle on the left", ""):
         with pytest.raises(R.RunError, match="reward shapes.*has no word of each.*triangle"):
             rewards(images[:2], prompts[:1] + [bad], [{}] * 2)
 

@@ -37,6 +37,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -295,17 +296,14 @@ def sum_over_ranks(tensor, device):
         dist.all_reduce(tensor)
     return tensor.cpu()
 
-def shard(transformer, dtype):
+def shard(transformer, blocks, dtype):
     """FSDP2: a block's weights are gathered while it is computed. A LoRA stays whole, in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     lora = {p for name, p in transformer.named_parameters() if "lora_" in name}
-    for module in (*blocks(transformer), transformer):
+    for module in (*blocks, transformer):
         # resharded always: by default the root keeps what it gathered, and would not see the EMA's weights
         fully_shard(module, reshard_after_forward=True, mp_policy=policy, ignored_params=lora)
-
-def blocks(transformer):
-    return [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
 
 def whole(tensor):
     """A sharded tensor, gathered: every rank must ask for it. Any other tensor as it is."""
@@ -373,7 +371,8 @@ class Policy:
         pairs = {name: list(zip(three[name].shape, value.shape)) for name, value in self.first.items()
                  if torch.is_tensor(value)}
         self.axis = {name: pair.index((3, 2)) for name, pair in pairs.items() if (3, 2) in pair}
-        z, self.dtype = self.told["hidden_states"], self.told["hidden_states"].dtype
+        z = self.told["hidden_states"]
+        self.dtype = z.dtype
         self.sign = 1.0 if (self.output * self.model_output).sum() > 0 else -1.0
         with torch.no_grad():
             gap = self.velocity(z, self.sigmas()[1:].expand(2), self.conditions()) - self.model_output
@@ -444,9 +443,10 @@ def load_policy(cfg, device):
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": device})
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     encoders = [part for name, part in modules.items() if name.startswith("text_encoder") and cfg.offload]
+    sharded = [transformer] if cfg.shard and dist.is_initialized() else []
     for part in modules.values():
         part.requires_grad_(False).eval()
-        if part not in encoders and not (cfg.shard and part is transformer):
+        if part not in encoders + sharded:
             part.to(device)
     if cfg.model != "tiny" and hasattr(pipe.vae, "enable_slicing"):        # tiny ones are faster together
         pipe.vae.enable_slicing()
@@ -458,14 +458,15 @@ def load_policy(cfg, device):
         transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
     if cfg.checkpointing:
         transformer.enable_gradient_checkpointing()
-    for block in blocks(transformer) if cfg.compile else ():
+    blocks = [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
+    for block in blocks if cfg.compile else ():
         block.compile()
-    if cfg.shard and dist.is_initialized():
-        shard(transformer, dtype)
+    if sharded:
+        shard(transformer, blocks, dtype)
     remember_prompts(pipe, encoders, device)
-    extra = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # no T5, so no row of zeros for it
+    no_t5 = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # nor rows of zeros for it
     trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-    return Policy(pipe, cfg, device, **extra), trainable
+    return Policy(pipe, cfg, device, **no_t5), trainable
 
 def remember_prompts(pipe, offloaded, device):
     """Keep some results of pipe.encode_prompt, for the chunks of a group; encoders that are offloaded are on
@@ -697,10 +698,8 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
 
 def start_log(out, cfg, iteration):
     """Write config.json and cut metrics.jsonl to `iteration`. -> log(dict)"""
-    import diffusers
-    import transformers
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     partial = out / "config.partial"

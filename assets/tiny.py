@@ -18,24 +18,22 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 FOLDER = Path(__file__).parent / "tiny-sd3"
 COLORS = {"red": (.9, .15, .15), "green": (.15, .75, .2), "blue": (.2, .3, .95), "yellow": (.95, .85, .15)}
-WORDS = (tuple(COLORS), ("circle", "cross", "triangle"), ("left", "right"))
+WORDS = (tuple(COLORS), ("circle", "bar", "triangle"), ("left", "right"))
 PROMPTS = ["a {} {} on the {}".format(*words) for words in itertools.product(*WORDS)]
 PALETTE, BACKGROUND = torch.tensor(list(COLORS.values())), 0.05
 SIZES = torch.tensor([len(words) for words in WORDS])
 
 
 def shape_masks(x, y, area):
-    """Soft masks [N, 3, 32, 32] of a circle, a cross and a triangle around x, y, of this area [N]."""
+    """Soft masks [N, 3, 32, 32] of a circle, a bar and a triangle around x, y, of this area [N]."""
     grid = torch.arange(32, device=x.device) + 0.5
     dx, dy = grid - x[:, None, None], grid[:, None] - y[:, None, None]
     side = area.sqrt()[:, None, None]
     circle = side / math.sqrt(math.pi) - (dx.square() + dy.square()).sqrt()
-    arm, length = side / 4, side / 1.6                     # halves: area = 4 (2 arm length - arm^2)
-    cross = torch.maximum(torch.minimum(arm - dx.abs(), length - dy.abs()),
-                          torch.minimum(length - dx.abs(), arm - dy.abs()))
+    bar = torch.minimum(0.35 * side - dx.abs(), side / 1.4 - dy.abs())      # upright, twice as high as wide
     height = 3 ** 0.25 * side                              # equilateral: area = height^2 / sqrt(3)
     triangle = torch.minimum(height / 3 - dy, (2 / 3 * height + dy) / 2 - dx.abs() * math.sqrt(3) / 2)
-    return (torch.stack([circle, cross, triangle], 1) + 0.5).clamp(0, 1)
+    return (torch.stack([circle, bar, triangle], 1) + 0.5).clamp(0, 1)
 
 
 def right(images, prompts):
