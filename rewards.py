@@ -345,7 +345,7 @@ def load_own(file, name, device):
 def own(reward, images, prompts, metadata):
     return reward(images.clone(), prompts, metadata)
 
-TINY = str(Path(__file__).with_name("assets") / "tiny.py")         # draws the tiny model's shapes and reads them
+TINY = str(Path(__file__).with_name("assets") / "tiny.py")          # draws the tiny model's shapes, reads them
 CLIP = partial(Clip, "openai/clip-vit-large-patch14")
 DETECTOR = partial(load, Detector, "facebook/mask2former-swin-small-coco-instance")
 FIND, READ = (f"PaddlePaddle/PP-OCRv5_server_{part}_safetensors" for part in ("det", "rec"))

@@ -683,6 +683,23 @@ def test_a_prompt_is_encoded_once(monkeypatch):
     assert len(calls) == 1
 
 
+def test_offloaded_text_encoders_come_for_a_new_prompt_only():
+    _, policy, _ = load("--steps", "2", "--offload")
+    moves = []
+    for encoder in (policy.pipe.text_encoder, policy.pipe.text_encoder_2):
+        encoder.to = moves.append
+    for prompt in ("a blue bar on the right", "a blue bar on the right", "a red bar on the left"):
+        policy.generate([prompt], [gen(0)])
+    assert list(map(str, moves)) == ["cpu"] * 8
+
+
+def test_compile_compiles_each_block(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    load("--compile")
+    assert compiled == ["JointTransformerBlock"] * 3
+
+
 def test_a_pipeline_that_is_no_flow_is_refused():
     from diffusers import DDIMScheduler
     pipe = small_sd3()
@@ -858,6 +875,23 @@ def test_run_folder_and_metrics(tmp_path):
     assert {p.name for p in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "ema", "exp_avg", "exp_avg_sq"}
     config = json.loads((out / "config.json").read_text())
     assert config["flags"]["lora_rank"] == 4 and config["versions"]["torch"] == torch.__version__
+
+
+def test_trackers_are_told_what_the_file_is_told(tmp_path, monkeypatch):
+    boards, told, started = [], [], []
+    board = SimpleNamespace(SummaryWriter=lambda *args, **kwargs: SimpleNamespace(
+        add_scalar=lambda *scalar: boards.append(scalar)))
+    wandb = SimpleNamespace(init=lambda **kwargs: started.append(kwargs["id"]),
+                            log=lambda values, step: told.append((values, step)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(vgrpo, "find_spec", lambda name: name in ("tensorboard", "wandb"))
+    vgrpo.start_log(tmp_path / "a", vgrpo.parse_config([]), 0)({"iteration": 3, "loss": .5})
+    assert boards == [("iteration", 3, 3), ("loss", .5, 3)] and not told       # wandb only where a project is named
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    monkeypatch.setattr(vgrpo, "find_spec", lambda name: name == "wandb")
+    vgrpo.start_log(tmp_path / "b", vgrpo.parse_config([]), 0)({"iteration": 4})
+    assert told == [({"iteration": 4}, 4)] and started == ["b"] and len(boards) == 2
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2", "--kl", "0.1")])
@@ -1062,6 +1096,7 @@ def test_config_help_and_recipes():
     assert (cfg.recipe, cfg.lr, cfg.steps, cfg.group_size, cfg.prompts_per_iteration) == ("sd3.5-s1", 1e-5, 40, 24, 48)
     assert vgrpo.parse_config(["--model", "flux.1-dev"]).guidance == 3.5
     assert vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", "sd3.5-s5"]).kl == 0.3
+    assert vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", "sd3.5-s2"]).reward == "geneval"
     assert all(vgrpo.Config(**recipe).antithetic for recipe in vgrpo.RECIPES.values())
 
 
@@ -1116,6 +1151,35 @@ def test_prompt_files(tmp_path):
     (tmp_path / "b.txt").write_text("\n".join(f"prompt {i}" for i in range(200)))
     train, held_out = vgrpo.load_prompts(SimpleNamespace(prompts=str(tmp_path / "b.txt")))
     assert len(train) == 180 and len(held_out) == 20 and not {str(i) for i in train} & {str(i) for i in held_out}
+
+
+def test_built_in_prompts(tmp_path, monkeypatch):
+    for name, key in (("geneval", "include"), ("ocr", "prompt")):
+        train, held_out = vgrpo.load_prompts(SimpleNamespace(prompts=name))
+        assert len(train) == 4000 - 48 and len(held_out) == 48 and all(key in item for item in train)
+    import huggingface_hub
+
+    def download(repo, file, repo_type):
+        assert (repo, repo_type) == ("zhwang/HPDv2", "dataset")
+        (tmp_path / Path(file).name).write_text(json.dumps(["a cat", f"{file} one", f"{file} two"]))
+        return tmp_path / Path(file).name
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    prompts = [item["prompt"] for item in vgrpo.read_prompts("hpdv2")]
+    assert len(prompts) == 9 and prompts[:2] == ["a cat", "benchmark/anime.json one"]
+
+
+def test_the_readme_points_at_the_lines_and_tests_there_are():
+    readme = (HERE / "README.md").read_text()
+    source, tests = (HERE / "vgrpo.py").read_text().splitlines(), (HERE / "test_vgrpo.py").read_text()
+    anchors = re.findall(r"\[`(\w+)`\]\(vgrpo\.py#L(\d+)\)", readme)
+    assert len(anchors) >= 15
+    for name, line in anchors:
+        assert re.match(rf" *(def|class) {name}\b", source[int(line) - 1]), (name, line)
+    for name in re.findall(r"`(test_\w+)`", readme):
+        assert f"def {name}(" in tests or name == "test_vgrpo", name
+    for flag in re.findall(r"`(--[a-z-]+)", readme):
+        field = flag[2:].removeprefix("no-").replace("-", "_")
+        assert field in vgrpo.Config.__dataclass_fields__ or flag in ("--nproc_per_node", "--help", "--metadata"), flag
 
 
 # ---- the tiny pipeline learns
