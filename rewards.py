@@ -345,7 +345,7 @@ def load_own(file, name, device):
 def own(reward, images, prompts, metadata):
     return reward(images.clone(), prompts, metadata)
 
-TINY = str(Path(__file__).with_name("assets") / "tiny.py")          # draws the tiny model's shapes, reads them
+TINY = str(Path(__file__).with_name("assets") / "tiny.py")
 CLIP = partial(Clip, "openai/clip-vit-large-patch14")
 DETECTOR = partial(load, Detector, "facebook/mask2former-swin-small-coco-instance")
 FIND, READ = (f"PaddlePaddle/PP-OCRv5_server_{part}_safetensors" for part in ("det", "rec"))
@@ -399,9 +399,9 @@ class Rewards:
     def check(self, prompts, metadata):
         """At start-up: name the first prompt that a reward cannot judge."""
         for (name, reward), (prompt, data) in itertools.product(self.rewards.items(), zip(prompts, metadata)):
-            need = NEEDS.get(reward.func)
-            if need and not need[1](prompt, data):
-                raise UsageError(f"--reward {name}: prompt {prompt!r} has no {need[0]}")
+            need, fits = NEEDS.get(reward.func, ("", lambda *_: True))
+            with one_line(UsageError, f"--reward {name}: prompt {prompt!r} has no {need}"):
+                assert fits(prompt, data)
 
     def __call__(self, images, prompts, metadata):
         batch, scores = (quantise(images).to(self.device), prompts, metadata), {}

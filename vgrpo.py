@@ -102,7 +102,7 @@ SKILL = dict(SD35, updates=2, n_mc=10, soft_clip=0.0)
 GENEVAL = dict(SKILL, reward="geneval", prompts="geneval", iterations=100, clip=3e-2)
 RECIPES = {
     "tiny": dict(iterations=100, prompts_per_iteration=12, group_size=12, steps=6, n_mc=2, share="matched",
-                 lora_rank=0, lr=6e-4, eval_reward="shapes,shapes-strict=0"),
+                 lora_rank=0, lr=4e-4, eval_reward="shapes,shapes-strict=0"),
     "sd3.5-s1": PREFERENCE,
     "sd3.5-s2": GENEVAL,
     "sd3.5-s3": PREFERENCE,
@@ -136,10 +136,14 @@ def parse_config(argv=None):
     flags = vars(parser.parse_args(argv))
     if "resume" in flags:                                          # that run's flags, under those given now
         out = flags["resume"] or flags.get("out") or fail("--resume: name the folder of a run")
-        stored = Path(out) / "config.json"
-        if flags["resume"] and not stored.exists():
-            fail(f"--resume {out}: holds no run, it has no config.json")
-        before = json.loads(stored.read_text())["flags"] if stored.exists() else {}
+        try:
+            before = asdict(Config(**json.loads((Path(out) / "config.json").read_text())["flags"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            before = {}
+            if flags["resume"] or not isinstance(error, FileNotFoundError):
+                fail(f"--resume {out}: holds no run, or one of another version ({error})")
+        if before and flags.get("recipe", before["recipe"]) != before["recipe"]:
+            fail(f"--recipe: {out} keeps {before['recipe']}; start a next stage with --lora")
         flags = {**before, **flags, "resume": out, "out": out}
     model = flags.get("model", Config.model)
     family = "flux" if "flux" in model.lower() else "tiny" if model == "tiny" else "sd3.5-s1"
@@ -157,8 +161,7 @@ def parse_config(argv=None):
         fail(f"--lora {cfg.lora}: must be an earlier stage's weights, and --lora-rank their rank")
     return cfg
 
-for library in ("TRANSFORMERS", "DIFFUSERS"):                          # not a line for each optional package
-    os.environ.setdefault(library + "_VERBOSITY", "error")
+os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"} | dict(os.environ))
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):        # help need not wait for torch
     parse_config()
 
@@ -183,7 +186,6 @@ def add_noise(o, t, eps):
 
 def draw_pairs(gen, sigmas, advantages, M, shape, share="both", stratified=True, antithetic=True):
     """Timestep-noise pairs of one group: t [G, M] of the sampler's grid sigmas [n], eps [G, M, *shape].
-
     Images of the same number share. "matched": the best image shares with the worst, the second best with
     the second worst. So what the two have in common cancels, as it does when a whole group shares, while the
     noise of the gradient averages over G / 2 draws, not one.
@@ -204,7 +206,6 @@ def draw_pairs(gen, sigmas, advantages, M, shape, share="both", stratified=True,
 
 def surrogate(v, o, t, eps, weight="adaptive"):
     """L_hat = 1/M sum_j l(t_j, eps_j), the negative ELBO of o (Eq. 14 with weight "adaptive").
-
     v [B, M, ...] is the network's velocity at z_t, o [B, ...], t [B, M], eps [B, M, ...], all fp32
     -> L_hat [B], x_theta [B, M, ...]
     """
@@ -226,9 +227,7 @@ def surrogate(v, o, t, eps, weight="adaptive"):
 
 def group_advantages(rewards):
     """A_i = (R_i - mean) / std within each group.  rewards [..., G] -> [..., G]
-
-    A NaN (an image that could not be scored) is in no mean and gets 0; so does a group of equal rewards.
-    """
+    A NaN (an image that could not be scored) is in no mean and gets 0; so does a group of equal rewards."""
     rewards = rewards.double()
     mean = rewards.nanmean(-1, keepdim=True)
     std = (rewards - mean).square().nanmean(-1, keepdim=True).sqrt()
@@ -252,7 +251,6 @@ def soft_clip(advantages, eta):
 
 def vgrpo_loss(surrogate, surrogate_old, advantages, clip=0.0, kl=0.0, x=None, x_old=None):
     """The clipped objective, to be minimised: -min(rho A, clip(rho, 1-e, 1+e) A) + beta KL, per image.
-
     surrogate, surrogate_old, advantages [B]; x, x_old [B, M, ...] where KL is on -> loss, rho, KL [B] each
     """
     ratio = torch.exp(surrogate_old - surrogate)                   # the mean over pairs came before the exp
@@ -318,7 +316,6 @@ def whole(tensor):
 
 class Policy:
     """A diffusers flow-matching pipeline as pi_theta.
-
     It samples by the pipeline's own call, and hooks hear what the network is given. So no model family needs
     code of its own, and the velocity that is trained is the one the pipeline used.
     """
@@ -404,7 +401,7 @@ class Policy:
         return self.sign * self.transformer(hidden_states=z, **{**conditions, **rows})[0].float()
 
 def make_scheduler(scheduler, solver):
-    """The pipeline's own grid of noise levels, whatever the solver."""
+    """The solver on the model's own noise schedule; DPM-Solver++ cuts it evenly where a pipeline does not."""
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
     config = dict(scheduler.config)
     if "FlowMatch" not in type(scheduler).__name__ and config.get("prediction_type") != "flow_prediction":
@@ -438,7 +435,7 @@ def load_policy(cfg, device):
         absent = {part: None for part, kind in index.items() if isinstance(kind, list) and kind[0] is None}
         pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)
         transformer = pipe.transformer
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"--model {cfg.model}: cannot load {name} ({str(error).strip().splitlines()[0]}); "
                          f"give {', '.join(MODELS)}, or a pipeline's hub id or folder; a gated one "
                          "wants its licence accepted on the hub and `hf auth login`") from error
@@ -463,7 +460,7 @@ def load_policy(cfg, device):
         transformer.enable_gradient_checkpointing()
     blocks = [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
     for block in blocks if cfg.compile else ():
-        block.compile()
+        block.compile(recompile_limit=64)              # kinds of block, shapes, with and without gradient
     if sharded:
         shard(transformer, blocks, dtype)
     remember_prompts(pipe, encoders, device)
@@ -492,13 +489,13 @@ def remember_prompts(pipe, offloaded, device):
 # -------------------------------------------------------------------------------------- LoRA and weight files
 
 ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-ELSEWHERE = r"att(n\d?|ention)\.\w+(\.0)?"                         # every projection of an attention
 LORA_TARGETS = {"SD3Transformer2DModel": ATTENTION,
                 "FluxTransformer2DModel": ATTENTION + r"|ff(_context)?\.net\.(0\.proj|2)"}
 
 def add_lora(transformer, cfg, device):
     """Linear layers become y + (alpha / r) B A x, fp32, B = 0: the peers' targets, so not SD3.5's attn2."""
-    pattern = re.compile(rf"(.*\.)?({LORA_TARGETS.get(type(transformer).__name__, ELSEWHERE)})")
+    known = LORA_TARGETS.get(type(transformer).__name__, r"att(n\d?|ention)\.\w+(\.0)?")         # else all
+    pattern = re.compile(rf"(.*\.)?({known})")
     targets = {name: module for name, module in transformer.named_modules()
                if isinstance(module, nn.Linear) and pattern.fullmatch(name)}
     if not targets:
@@ -516,7 +513,8 @@ def add_lora(transformer, cfg, device):
 
 def save_weights(folder, weights, transformer, cfg):
     """Write {name: tensor} as diffusers reads it: a LoRA file with its alpha, or a transformer's folder."""
-    weights = {name: whole(value.detach()).cpu().contiguous() for name, value in weights.items()}
+    gathered = ((name, whole(value.detach())) for name, value in weights.items())
+    weights = {name: value.cpu().contiguous() for name, value in gathered if MAIN}     # all gather, one keeps
     if not MAIN:
         return
     if cfg.lora_rank:
@@ -587,7 +585,7 @@ def read_prompts(name):
     items = []
     for number, line in enumerate(lines, 1):
         try:
-            item = json.loads(line) if line.strip() and name.endswith(".jsonl") else {"prompt": line}
+            item = json.loads(line) if line.strip() and ".json" in name.lower() else {"prompt": line}
             item["prompt"] = item["prompt"].strip()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f'--prompts {name}, line {number}: no object with a string "prompt"') from error
@@ -636,7 +634,10 @@ def score(scorer, groups, P, device):
     table = torch.zeros(len(scores), P, len(items) // len(groups), dtype=torch.float64)
     for row, name in zip(table, scorer.weights):
         row[[group.index for group in groups]] = scores[name].double().view(len(groups), -1)
-    return sum_over_ranks(table, device)
+    table = sum_over_ranks(table, device)
+    if table.isnan().flatten(1).all(1).any():
+        raise RunError(f"--reward: one of {', '.join(scorer.weights)} could not score any image")
+    return table
 
 def evaluate(policy, scorer, items, cfg, rank, ranks):
     """Score held-out noise, the same in every run. -> metrics; this rank's groups; rewards [K, P, G]"""
@@ -701,8 +702,7 @@ def start_log(out, cfg, iteration):
     """Write config.json and cut metrics.jsonl to `iteration`. -> log(dict)"""
     (out / "samples").mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
     partial = out / "config.partial"
     partial.write_text(json.dumps(dict(flags=asdict(cfg), versions=versions, commit=commit), indent=2))
     partial.rename(out / "config.json")
@@ -711,9 +711,9 @@ def start_log(out, cfg, iteration):
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
     with open(path, "ab") as file:
         file.truncate(len("".join(kept).encode()))
-    if wandb := find_spec("wandb") and os.environ.get("WANDB_PROJECT"):    # it asks for a login: where wanted
+    if find_spec("wandb") and os.environ.get("WANDB_PROJECT"):     # it asks for a login: only where wanted
         import wandb
-        wandb.init(dir=out, id=out.name, resume="allow", config=asdict(cfg))
+        wandb.init(dir=out, id=out.name, resume="allow", config=asdict(cfg), sync_tensorboard=True)
     if board := find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(out, purge_step=iteration + 1)
@@ -721,8 +721,6 @@ def start_log(out, cfg, iteration):
     def log(values):
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
-        if wandb:
-            wandb.log(values, step=values["iteration"])
         for name in values if board else ():
             board.add_scalar(name, values[name], values["iteration"])
 
@@ -738,8 +736,8 @@ def save_grid(path, groups, table):
         x, y = n % 6 * (side + 8) + 4, n // 6 * (side + 24) + 4
         picture = Image.fromarray(group.images[i].permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((side, side), Image.BOX), (x, y))
-        label = f"{table[0, group.index, i]:.2f} {group.item['prompt']}"[:side // 6]
-        ImageDraw.Draw(sheet).text((x, y + side + 2), label, fill="black")
+        label = f"{table[0, group.index, i]:.2f} {group.item['prompt']}"
+        ImageDraw.Draw(sheet).text((x, y + side + 2), label[:side // 6], fill="black")
     sheet.save(path)
 
 def save_checkpoint(out, iteration, state, transformer, cfg):
@@ -756,7 +754,7 @@ def save_checkpoint(out, iteration, state, transformer, cfg):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     partial.rename(final)
-    for folder in sorted(final.parent.glob("[0-9]*"))[:-2]:
+    for folder in sorted(final.parent.glob("[0-9]" * 6))[:-2]:
         shutil.rmtree(folder)
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -770,7 +768,8 @@ def restore(trainable, folder, done, cfg):
     ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) at step s
     ema.optimization_step = done * cfg.updates
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    state = {"": trainable, "ema": dict(zip(trainable, ema.shadow_params)), "exp_avg": {}, "exp_avg_sq": {}}
+    shadow = {"ema": dict(zip(trainable, ema.shadow_params))} if cfg.ema else {}
+    state = {"": trainable, **shadow, "exp_avg": {}, "exp_avg_sq": {}}
     for name, p in trainable.items():
         optimizer.state[p]["step"] = torch.tensor(float(ema.optimization_step))
         for key in ("exp_avg", "exp_avg_sq"):
@@ -820,7 +819,7 @@ def train(cfg):
     policy, trainable = load_policy(cfg, device)
     params = list(trainable.values())
     out = Path(cfg.out or f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folders = sorted((out / "checkpoints").glob("[0-9]*"))
+    folders = sorted((out / "checkpoints").glob("[0-9]" * 6))
     if folders and not cfg.resume:
         raise UsageError(f"--out {out}: holds a run; continue it with --resume, or name another")
     done = int(folders[-1].name) if folders else 0
@@ -862,15 +861,16 @@ def train(cfg):
         print(f"done: {out}")
 
 def main(argv=None):
+    known = (UsageError, RunError, OSError, SafetensorError, torch.OutOfMemoryError)
     try:
         train(parse_config(argv))
-    except (UsageError, RunError, OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         lost = dist.is_initialized() and re.search("gloo|nccl", str(error), re.I)
-        if type(error) is RuntimeError and not lost:
+        if not lost and not isinstance(error, known):
             raise                                                  # a fault of this file: its whole traceback
         if lost:
             error = f"rank {dist.get_rank()} lost another rank, whose message tells why; go on with --resume"
-        if MAIN or not isinstance(error, UsageError):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UsageError):
             print(f"\nvgrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     if dist.is_initialized():

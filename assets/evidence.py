@@ -22,7 +22,6 @@ CURVES = {  # name -> flags, seeds
     "tiny recipe": (None, 5),
     "share: none": ("--share none", 3),
     "share: timestep": ("--share timestep", 3),
-    "share: noise": ("--share noise", 3),
     "share: matched": ("--share matched", 3),
     "no strata": ("--no-stratified", 3),
     "weight: x": ("--weight x", 3),
@@ -33,14 +32,12 @@ CURVES = {  # name -> flags, seeds
     "N_MC 2": ("--n-mc 2", 3),
     "N_MC 8": ("--n-mc 8", 3),
     "DPM-Solver++, 10 steps": ("--solver dpm++", 3),
-    "Euler, 6 steps": ("--steps 6", 3),
     "DPM-Solver++, 6 steps": ("--solver dpm++ --steps 6", 3),
     "no soft clip": ("--soft-clip 0", 3),
     "8 x 18": ("--prompts-per-iteration 8 --group-size 18", 3),
     "8 x 18, 4 updates, no control": ("--prompts-per-iteration 8 --group-size 18 --updates 4 --soft-clip 0", 3),
     "8 x 18, 4 updates, clip .01": ("--prompts-per-iteration 8 --group-size 18 --updates 4 --soft-clip 0 --clip 0.01", 3),
     "8 x 18, 4 updates, KL .3": ("--prompts-per-iteration 8 --group-size 18 --updates 4 --soft-clip 0 --kl 0.3", 3),
-    "8 x 18, 4 updates, soft clip": ("--prompts-per-iteration 8 --group-size 18 --updates 4", 3),
 }
 ESTIMATORS = {  # name -> share, stratified, antithetic, weight, N_MC
     "naive": ("none", False, False, "v", 4),
