@@ -1,4 +1,4 @@
-"""Tests of vgrpo.py, each against an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
+"""Tests, each against an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
 import base64
 import http.server
 import inspect
@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,15 +35,15 @@ import vgrpo  # noqa: E402
 sys.path.append(str(Path(__file__).parent / "assets"))
 import tiny  # noqa: E402
 
-warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow" needs no file to name it
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
 HERE = Path(__file__).parent
 TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_second", "peak_memory_gb")
-SMALL = ["--iterations", "2", "--prompts-per-iteration", "4", "--group-size", "3", "--steps", "3", "--n-mc", "2",
-         "--save-every", "1", "--reward", f"{HERE / 'test_vgrpo.py'}:redness", "--eval-reward", ""]
+SMALL = ["--iterations", "2", "--prompts-per-iteration", "4", "--group-size", "3", "--steps", "3",
+         "--n-mc", "2", "--save-every", "1", "--eval-reward", "", "--reward", f"{__file__}:redness"]
 
 
 def redness(images, prompts, metadata):
-    """The reward of the runs below: it varies on random pictures, and in steps that rounding errors do not cross."""
+    """The reward of the runs below: it varies on any picture, in steps that rounding errors do not cross."""
     return (100 * (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))).round()
 
 
@@ -92,7 +92,8 @@ def test_add_noise_goes_from_data_to_noise():
 @pytest.mark.parametrize("n, M", [(40, 4), (16, 4), (10, 4), (10, 3), (4, 8)])
 def test_strata_one_timestep_in_each_and_every_grid_point_equally_often(n, M):
     sigmas = torch.linspace(1, 1 / n, n)
-    draws = torch.stack([vgrpo.draw_pairs(gen(i), sigmas, torch.zeros(1), M, (1,))[0][0] for i in range(4000)])
+    A = torch.zeros(1)
+    draws = torch.stack([vgrpo.draw_pairs(gen(i), sigmas, A, M, (1,))[0][0] for i in range(4000)])
     index = torch.round(n * (1 - draws)).long()
     for j in range(M):
         assert index[:, j].min() == j * n // M and index[:, j].max() == math.ceil((j + 1) * n / M) - 1
@@ -118,7 +119,8 @@ def test_antithetic_noise_cancels_and_keeps_the_strata(share, M):
     assert plain[:, :even].sum(1).abs().min() > 0
 
 
-@pytest.mark.parametrize("share, same_t, same_eps", [("both", 1, 1), ("timestep", 1, 0), ("noise", 0, 1), ("none", 0, 0)])
+@pytest.mark.parametrize("share, same_t, same_eps", [("both", 1, 1), ("timestep", 1, 0), ("noise", 0, 1),
+                                                     ("none", 0, 0)])
 def test_sharing(share, same_t, same_eps):
     t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .01, 100), torch.zeros(6), 4, (3, 2), share)
     assert t.shape == (6, 4) and eps.shape == (6, 4, 3, 2)
@@ -127,7 +129,8 @@ def test_sharing(share, same_t, same_eps):
 
 def test_matched_sharing_pairs_the_best_with_the_worst():
     for A, partners in (([.3, -1, 2, .5, -2, 0], [5, 3, 4, 1, 2, 0]), ([1, -1, 0, 2, -2], [1, 0, 2, 4, 3])):
-        t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .001, 1000), torch.tensor(A), 4, (3, 2), "matched")
+        grid, A = torch.linspace(1, .001, 1000), torch.tensor(A)
+        t, eps = vgrpo.draw_pairs(gen(2), grid, A, 4, (3, 2), "matched")
         for i, j in enumerate(partners):
             assert torch.equal(t[i], t[j]) and torch.equal(eps[i], eps[j])
             others = [k for k in range(len(A)) if k not in (i, j)]
@@ -147,7 +150,8 @@ def test_surrogate_against_a_plain_loop(weight):
             z = (1 - s) * clean + s * e
             x_hat = z - s * v[b, j].double()
             assert torch.allclose(x[b, j].double(), x_hat, atol=1e-6)
-            error = {"v": v[b, j].double() - (e - clean), "eps": (z - (1 - s) * x_hat) / s - e}.get(weight, x_hat - clean)
+            error = {"v": v[b, j].double() - (e - clean), "eps": (z - (1 - s) * x_hat) / s - e}
+            error = error.get(weight, x_hat - clean)
             total += (error ** 2).mean() / (error.abs().mean() if weight == "adaptive" else 1)
         assert L[b].item() == pytest.approx((total / M).item(), rel=1e-5)
 
@@ -193,7 +197,8 @@ def test_advantages():
     one = torch.tensor([1.0, 2.0, 3.0, 6.0])
     assert torch.allclose(A[0], (one - 3) / one.std(correction=0), atol=1e-5)
     assert torch.equal(A[1], torch.zeros(4))
-    assert A[2, 1] == 0 and torch.allclose(A[2, [0, 2, 3]], torch.tensor([-1.0, 1.0, 0.0]) * math.sqrt(1.5), atol=1e-5)
+    expected = torch.tensor([-1.0, 1.0, 0.0]) * math.sqrt(1.5)
+    assert A[2, 1] == 0 and torch.allclose(A[2, [0, 2, 3]], expected, atol=1e-5)
     assert torch.equal(vgrpo.group_advantages(torch.full((1, 3), math.nan)), torch.zeros(1, 3))
 
 
@@ -202,14 +207,15 @@ def test_combining_rewards():
     R = torch.stack([torch.randn(2, 5, generator=gen(0)), 100 * torch.randn(2, 5, generator=gen(1))]).double()
     by_group = vgrpo.combine_rewards(R, w)
     assert torch.allclose(by_group, .75 * vgrpo.group_advantages(R[0]) + .25 * vgrpo.group_advantages(R[1]))
-    assert torch.allclose(vgrpo.combine_rewards(R, w, "sum"), vgrpo.group_advantages(3 * R[0] + R[1]), atol=1e-5)
+    by_sum = vgrpo.combine_rewards(R, w, "sum")
+    assert torch.allclose(by_sum, vgrpo.group_advantages(3 * R[0] + R[1]), atol=1e-5)
     scaled = vgrpo.combine_rewards(R * torch.tensor([7.0, .01])[:, None, None], w)
     assert torch.allclose(scaled, by_group, atol=1e-4)
     w0 = torch.tensor([1.0, 0.0]).double()             # weight 0 only reports
     R0 = torch.stack([R[0], torch.full_like(R[1], math.nan)])
     for rule in ("advantage", "sum"):
         assert torch.equal(vgrpo.combine_rewards(R0, w0, rule), vgrpo.group_advantages(R[0]))
-    R[1, 0, 2] = math.nan                              # a reward that failed for an image says nothing about it
+    R[1, 0, 2] = math.nan                          # a reward that failed for an image says nothing about it
     assert vgrpo.combine_rewards(R, w)[0, 2] == pytest.approx(.75 * by_group_of(R[0])[0, 2].item())
     assert vgrpo.combine_rewards(R, w, "sum")[0, 2] == 0
 
@@ -221,7 +227,8 @@ def by_group_of(R):
 def test_soft_clip():
     A = torch.linspace(-50, 50, 101)
     soft = vgrpo.soft_clip(A, 3.0)
-    assert soft.abs().max() <= 3 and torch.allclose(soft, 3 * torch.tanh(A / 3)) and torch.equal(soft, -soft.flip(0))
+    assert soft.abs().max() <= 3 and torch.allclose(soft, 3 * torch.tanh(A / 3))
+    assert torch.equal(soft, -soft.flip(0))
     assert vgrpo.soft_clip(torch.tensor(.01), 3.0).item() == pytest.approx(.01, rel=1e-4)
     assert torch.equal(vgrpo.soft_clip(A, 0.0), A)
 
@@ -695,7 +702,7 @@ def test_offloaded_text_encoders_come_for_a_new_prompt_only():
 
 def test_compile_compiles_each_block(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
     load("--compile")
     assert compiled == ["JointTransformerBlock"] * 3
 
@@ -705,7 +712,8 @@ def test_a_pipeline_that_is_no_flow_is_refused():
     pipe = small_sd3()
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(vgrpo.UsageError, match="flow matching"):
-        vgrpo.Policy(pipe, SimpleNamespace(solver="euler", steps=2, guidance=0, resolution=0), torch.device("cpu"))
+        cfg = SimpleNamespace(solver="euler", steps=2, guidance=0, resolution=0)
+        vgrpo.Policy(pipe, cfg, torch.device("cpu"))
 
 
 # ---- LoRA and weight files
@@ -735,18 +743,19 @@ def shift_lora(trainable):
 def test_an_exported_lora_gives_diffusers_the_same_images(tmp_path, alpha):
     pytest.importorskip("peft")
     from diffusers import StableDiffusion3Pipeline
-    cfg, policy, trainable = load("--lora-rank", "4", "--lora-alpha", alpha, "--steps", "4", "--solver", "euler")
+    flags = ["--lora-rank", "4", "--lora-alpha", alpha, "--steps", "4", "--solver", "euler"]
+    cfg, policy, trainable = load(*flags)
     before = policy.generate(["a red circle on the left"], [gen(0)])
     shift_lora(trainable)
     after = policy.generate(["a red circle on the left"], [gen(0)])
     latents = policy.latents
     vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
-    pipe = StableDiffusion3Pipeline.from_pretrained(vgrpo.MODELS["tiny"], text_encoder_3=None, tokenizer_3=None,
-                                                    dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        vgrpo.MODELS["tiny"], text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
     pipe.load_lora_weights(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    fresh = pipe(prompt="a red circle on the left", num_inference_steps=4, guidance_scale=0, max_sequence_length=0,
-                 generator=[gen(0)], output_type="latent")[0]
+    fresh = pipe(prompt="a red circle on the left", num_inference_steps=4, guidance_scale=0,
+                 max_sequence_length=0, generator=[gen(0)], output_type="latent")[0]
     assert (fresh - latents).abs().max() < 1e-5
     assert not torch.equal(before, after)
 
@@ -767,7 +776,7 @@ def test_lora_flag_starts_from_an_earlier_stage(tmp_path):
     vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
     other, policy, again = load("--lora-rank", "4", "--lora-alpha", "6")
     vgrpo.load_weights(tmp_path, again, other, "--lora")
-    for name in trainable:                         # the same product alpha / r * B A, whatever this run's alpha
+    for name in trainable:                     # the same product alpha / r * B A, whatever this run's alpha
         assert torch.allclose(again[name], trainable[name] * (2 if name.endswith("lora_B") else 1))
     with pytest.raises(vgrpo.UsageError, match="lora-rank"):
         vgrpo.load_weights(tmp_path, load("--lora-rank", "3")[2], other, "--lora")
@@ -802,7 +811,8 @@ def test_the_first_step_without_an_old_pass_has_the_two_pass_gradient():
     groups = rollout(policy, cfg)
     A = torch.randn(4, 3, generator=gen(0))
     (shortcut,), stats = gradients(policy, trainable, groups, A, cfg)
-    assert (stats["ratio"] == 1).all() and (stats["kl"] == 0).all() and torch.allclose(stats["loss"], -A.double())
+    assert (stats["ratio"] == 1).all() and (stats["kl"] == 0).all()
+    assert torch.allclose(stats["loss"], -A.double())
     total = 0.0
     for group in groups:
         with torch.no_grad():
@@ -820,7 +830,8 @@ def test_the_policy_gradient_is_that_of_the_surrogate():
     cfg, policy, trainable = load(*SMALL, "--grad-norm", "0")
     groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
     (grads,), _ = gradients(policy, trainable, groups, A, cfg)
-    total = sum((vgrpo.estimate(policy, g, slice(0, 3), A, cfg, 1)[0] * A[g.index]).sum() for g in groups) / 12
+    L = {g.index: vgrpo.estimate(policy, g, slice(0, 3), A, cfg, 1)[0] for g in groups}
+    total = sum((L[g.index] * A[g.index]).sum() for g in groups) / 12
     for mine, theirs in zip(grads, torch.autograd.grad(total, list(trainable.values()))):
         assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-4)
 
@@ -837,13 +848,13 @@ def test_gradients_do_not_depend_on_the_micro_batch(micro):
 
 
 def test_later_steps_of_an_iteration_are_off_policy():
-    """Two updates: whole groups each; the second's ratio and KL are against theta_old, not against themselves."""
+    """Two updates of whole groups: the second's ratio and KL are against theta_old, not themselves."""
     cfg, policy, trainable = load(*SMALL, "--updates", "2", "--kl", "0.1", "--clip", "0.01")
     groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
     optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
     old = [vgrpo.estimate(policy, group, slice(0, 3), A, cfg, 1) for group in groups]
-    stats, _ = vgrpo.update(policy, list(trainable.values()), optimizer, SimpleNamespace(step=lambda p: None), groups, A,
-                            cfg, 1)
+    ema = SimpleNamespace(step=lambda p: None)
+    stats, _ = vgrpo.update(policy, list(trainable.values()), optimizer, ema, groups, A, cfg, 1)
     assert (stats["ratio"][:2] == 1).all() and (stats["kl"][:2] == 0).all()
     assert (stats["ratio"][2:] != 1).any() and (stats["kl"][2:] > 0).all()
     expected = torch.exp(torch.stack([L for L, _ in old[2:]]).detach() - stats["surrogate"][2:])
@@ -872,7 +883,8 @@ def test_run_folder_and_metrics(tmp_path):
     assert (raw["nfe_rollout"], raw["nfe_old"], raw["nfe_train"]) == (3, 1, 2)
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["000000.png", "000001.png", "000002.png"]
     folder = out / "checkpoints" / "000002"
-    assert {p.name for p in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "ema", "exp_avg", "exp_avg_sq"}
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"pytorch_lora_weights.safetensors", "ema", "exp_avg", "exp_avg_sq"}
     config = json.loads((out / "config.json").read_text())
     assert config["flags"]["lora_rank"] == 4 and config["versions"]["torch"] == torch.__version__
 
@@ -886,32 +898,34 @@ def test_trackers_are_told_what_the_file_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(vgrpo, "find_spec", lambda name: name in ("tensorboard", "wandb"))
     vgrpo.start_log(tmp_path / "a", vgrpo.parse_config([]), 0)({"iteration": 3, "loss": .5})
-    assert told == [("iteration", 3, 3), ("loss", .5, 3)] and not started          # only where a project is named
+    assert told == [("iteration", 3, 3), ("loss", .5, 3)] and not started      # only where a project is named
     monkeypatch.setenv("WANDB_PROJECT", "p")
     vgrpo.start_log(tmp_path / "b", vgrpo.parse_config([]), 0)({"iteration": 4})
     assert started == [("b", True)] and len(told) == 3
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2", "--kl", "0.1")])
+@pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2",
+                                         "--kl", "0.1")])
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, flags):
     whole = run(tmp_path / "a", "--iterations", "4", "--eval-every", "2", *flags)
     assert any(line["grad_norm"] > 0 for line in whole if "reward" in line)
     run(tmp_path / "b", "--iterations", "3", "--eval-every", "2", *flags)
-    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:      # a crash: lines beyond the last checkpoint,
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:  # a crash: lines beyond the last checkpoint,
         file.write('{"iteration": 4, "reward": 9}\n{"iterat')      # and half of one
     (tmp_path / "b" / "checkpoints" / "partial").mkdir()           # and a checkpoint half written
     vgrpo.main(["--resume", str(tmp_path / "b"), "--iterations", "4"])
     resumed = metrics(tmp_path / "b")
     assert [line for line in resumed if line["iteration"] != 3 or "reward" in line] == whole
     for name in ("", "ema", "exp_avg", "exp_avg_sq"):
-        a, b = (sorted((tmp_path / run / "checkpoints" / "000004" / name).rglob("*.safetensors")) for run in "ab")
+        folders = (tmp_path / run / "checkpoints" / "000004" / name for run in "ab")
+        a, b = (sorted(folder.rglob("*.safetensors")) for folder in folders)
         assert a and all(torch.equal(one[k], other[k]) for p, q in zip(a, b)
                          for one, other in [(load_file(p), load_file(q))] for k in one.keys() | other.keys())
 
 
 def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
     whole = run(tmp_path / "a")
-    assert run(tmp_path / "b", "--resume") == whole                # nothing there yet: a job may always say --resume
+    assert run(tmp_path / "b", "--resume") == whole            # nothing there yet: a job may always say so
     shutil.rmtree(tmp_path / "b" / "checkpoints")                  # killed in its first iteration
     assert run(tmp_path / "b", "--resume") == whole
 
@@ -927,7 +941,7 @@ def test_a_run_is_not_overwritten(tmp_path, capsys):
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
     first, again, other = run(tmp_path / "a"), run(tmp_path / "b"), run(tmp_path / "c", "--seed", "1")
     assert first == again and first[1]["grad_norm"] != other[1]["grad_norm"]
-    assert first[0] == other[0]                                    # the evaluation's noise is the same in every run
+    assert first[0] == other[0]                            # the evaluation's noise is the same in every run
 
 
 def test_prompts_repeat_only_after_all_have_been_used():
@@ -951,8 +965,8 @@ def test_layout_gives_an_update_the_same_groups_on_any_number_of_ranks():
 def command(*args, ranks=0, code=HERE / "vgrpo.py", **options):
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     env = {**os.environ, "OMP_NUM_THREADS": "1" if ranks else str(torch.get_num_threads())}
-    return subprocess.Popen([sys.executable, *start, str(code), *map(str, args)], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+    words, pipe = [sys.executable, *start, str(code), *map(str, args)], subprocess.PIPE
+    return subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def ranks_of(process, out, lines=3):
@@ -976,11 +990,12 @@ def gone(pid):
     (2, 4, ["--micro-batch", "2", "--share", "matched"]),
     (3, 6, ["--lora-rank", "4", "--shard", "--micro-batch", "2"]), (4, 8, ["--shard", "--micro-batch", "1"])])
 def test_any_number_of_ranks_gives_the_numbers_of_one(tmp_path, ranks, P, flags):
-    flags = [*SMALL, "--prompts-per-iteration", P, "--iterations", 3, "--updates", "2", "--eval-every", "2", *flags]
+    flags = ["--prompts-per-iteration", P, "--iterations", 3, "--updates", 2, "--eval-every", 2, *flags]
+    flags = [*SMALL, *map(str, flags)]
     process = command(*flags, "--out", tmp_path / "many", ranks=ranks)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
-    one = run(tmp_path / "one", *map(str, flags), "--micro-batch", "0")
+    one = run(tmp_path / "one", *flags, "--micro-batch", "0")
     assert max(line.get("grad_norm", 0) for line in one) > 0
     close(one, metrics(tmp_path / "many"), 1e-4)
     for name in ("many", "one"):                                   # and on other ranks again
@@ -1002,7 +1017,8 @@ def test_a_signal_saves_and_exits(tmp_path, number):
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path):
-    process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run", ranks=2)
+    long = ["--iterations", "10000", "--save-every", "10000"]
+    process = command(*SMALL, *long, "--out", tmp_path / "run", ranks=2)
     pids = ranks_of(process, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -1018,7 +1034,8 @@ def test_a_rank_that_dies_takes_the_others_down_with_one_message(tmp_path):
     os.kill(pids[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     messages = [line for line in errors.splitlines() if line.startswith("vgrpo.py: error")]
-    assert process.returncode and all(map(gone, pids)) and len(messages) == 1 and "lost another rank" in messages[0]
+    assert process.returncode and all(map(gone, pids))
+    assert len(messages) == 1 and "lost another rank" in messages[0]
 
 
 DEADLY = """
@@ -1038,10 +1055,10 @@ vgrpo.main(sys.argv[4:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, last, iteration", [("collect", 5, 2), ("estimate", 10, 2), ("save_file", 11, 2),
-                                                   ("save_grid", 2, 1)])
+@pytest.mark.parametrize("name, last, iteration", [
+    ("collect", 5, 2), ("estimate", 10, 2), ("save_file", 11, 2), ("save_grid", 2, 1)])
 def test_killed_at_any_moment_a_run_resumes_to_the_same_numbers(tmp_path, name, last, iteration):
-    """In the third rollout, in the third update, while the third checkpoint is written, in the second evaluation."""
+    """In the third rollout, the third update, while the third checkpoint is written, in an evaluation."""
     flags = ["--iterations", "4", "--eval-every", "2"]
     whole = run(tmp_path / "a", *flags)
     (tmp_path / "deadly.py").write_text(DEADLY)
@@ -1075,23 +1092,238 @@ def test_more_ranks_than_gpus_and_a_disk_that_is_not_shared(tmp_path, monkeypatc
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         with pytest.raises(vgrpo.UsageError, match="--nproc_per_node 2: there are 1 GPUs"):
             vgrpo.start_ranks()
-    monkeypatch.setattr(vgrpo, "sum_over_ranks", lambda tensor, device: tensor + 1)     # the others have done more
+    monkeypatch.setattr(vgrpo, "sum_over_ranks", lambda tensor, device: tensor + 1)    # others have done more
     with pytest.raises(SystemExit) as end:
         vgrpo.main([*SMALL, "--out", str(tmp_path / "a")])
     assert end.value.code == 2 and "disk" in capsys.readouterr().err
+
+
+# ---- what a round of mutations found untested
+
+
+NO_EMA = SimpleNamespace(step=lambda params: None)
+
+
+def test_strata_are_drawn_apart_and_neighbours_are_antithetic():
+    t, eps = vgrpo.draw_pairs(gen(0), torch.linspace(1, .1, 10), torch.zeros(200), 5, (3,), "none")
+    assert len((t[:, 0] - t[:, 1]).round(decimals=3).unique()) == 3
+    assert torch.equal(eps[:, 1:4:2], -eps[:, 0:4:2]) and not torch.equal(eps[:, 2], -eps[:, 1])
+
+
+def test_a_perfect_prediction_has_loss_0_and_no_gradient():
+    v = torch.zeros(1, 2, 3, requires_grad=True)
+    L, _ = vgrpo.surrogate(v, torch.zeros(1, 3), torch.full((1, 2), .5), torch.zeros(1, 2, 3))
+    L.sum().backward()
+    assert L.item() == 0 and torch.equal(v.grad, torch.zeros_like(v))
+
+
+def test_kl_of_a_later_step_is_the_distance_from_theta_old():
+    cfg, policy, trainable = load(*SMALL, "--updates", "2", "--kl", "0.1")
+    groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
+
+    def x_theta():
+        with torch.no_grad():
+            return torch.stack([vgrpo.estimate(policy, g, slice(0, 3), A, cfg, 1)[1] for g in groups[2:]])
+    old = x_theta()
+    once = SimpleNamespace(step=lambda params: optimizer.param_groups[0].update(lr=0))     # theta stays there
+    stats, _ = vgrpo.update(policy, [*trainable.values()], optimizer, once, groups, A, cfg, 1)
+    expected = (x_theta() - old).square().flatten(2).mean(-1).double()
+    assert expected.min() > 0 and torch.allclose(stats["kl"][2:], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_a_gradient_step_is_a_mean_over_the_images_of_its_own_groups():
+    cfg, policy, trainable = load(*SMALL, "--updates", "2", "--grad-norm", "0")
+    groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
+    steps, _ = gradients(policy, trainable, groups, A, cfg)
+    for batch, grads in zip((groups[:2], groups[2:]), steps):
+        losses = [vgrpo.estimate(policy, g, slice(0, 3), A, cfg, 1)[0] * A[g.index] for g in batch]
+        total = torch.cat(losses).mean()
+        for mine, theirs in zip(grads, torch.autograd.grad(total, list(trainable.values()))):
+            assert torch.allclose(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_ranks_average_their_gradients(monkeypatch):
+    """As if two ranks' gradients summed to three of this one's."""
+    cfg, policy, trainable = load(*SMALL, "--grad-norm", "0")
+    groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
+    (alone,), _ = gradients(policy, trainable, groups, A, cfg)
+    monkeypatch.setattr(vgrpo, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: 2, all_reduce=lambda tensor: tensor.mul_(3)))
+    (both,), _ = gradients(policy, trainable, groups, A, cfg)
+    assert all(torch.allclose(1.5 * one, two, atol=1e-7) for one, two in zip(alone, both))
+
+
+def test_the_gradient_is_clipped():
+    cfg, policy, trainable = load(*SMALL, "--grad-norm", "0.01")
+    (grads,), _ = gradients(policy, trainable, rollout(policy, cfg), torch.randn(4, 3, generator=gen(0)), cfg)
+    assert torch.stack([g.norm() for g in grads]).norm().item() == pytest.approx(.01, rel=1e-3)
+
+
+def test_pairs_are_of_the_seed_the_iteration_the_group_and_the_flags():
+    cfg, policy, _ = load(*SMALL, "--share", "both")
+    group, A = rollout(policy, cfg)[1], torch.randn(4, 3, generator=gen(0))
+
+    def L(iteration=1, index=1, A=A, **flags):
+        one, flags = replace(group, index=index), replace(cfg, **flags)
+        with torch.no_grad():
+            return tuple(vgrpo.estimate(policy, one, slice(0, 3), A, flags, iteration)[0].tolist())
+    changes = [{}, dict(iteration=2), dict(index=2), dict(seed=1), dict(share="none"), dict(share="matched"),
+               dict(stratified=False), dict(antithetic=False), dict(weight="x")]
+    assert len({L(**change) for change in changes}) == len(changes)
+    other = [torch.where(torch.arange(4)[:, None] == row, A.roll(1, 1), A) for row in (0, 1)]
+    assert L(A=other[0], share="matched") == L(share="matched") != L(A=other[1], share="matched")
+
+
+def test_every_image_of_a_run_has_noise_of_its_own(tmp_path, monkeypatch):
+    keys, generator = Counter(), vgrpo.generator
+    monkeypatch.setattr(vgrpo, "generator", lambda *key: keys.update([key]) or generator(*key))
+    run(tmp_path / "run", "--seed", "5")
+    noise = {key: count for key, count in keys.items() if "noise" in key}
+    assert noise == {(5, "noise", k, index, i): 1 for k in (1, 2) for index in range(4) for i in range(3)}
+
+
+def test_scores_lie_where_their_group_belongs():
+    images = torch.arange(6).view(2, 3, 1, 1, 1).expand(2, 3, 3, 2, 2).to(torch.uint8)
+    groups = [vgrpo.Group(index, {"prompt": str(index)}, pixels, None, {})
+              for index, pixels in zip((2, 0), images)]
+
+    def scorer(pixels, prompts, items):
+        assert prompts == [item["prompt"] for item in items] == ["2"] * 3 + ["0"] * 3
+        return {"bright": pixels.mean((1, 2, 3))}
+    scorer.weights = {"bright": 1.0}
+    table = vgrpo.score(scorer, groups, 3, torch.device("cpu")) * 255
+    assert torch.allclose(table, torch.tensor([[[3, 4, 5], [0, 0, 0], [0, 1, 2]]]).double(), atol=1e-4)
+
+
+def test_another_seed_takes_the_prompts_in_another_order():
+    items = list(range(100))
+    orders = [[vgrpo.pick(items, SimpleNamespace(prompts_per_iteration=8, seed=seed), 1, i) for i in range(8)]
+              for seed in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+def test_an_iteration_clips_combines_and_reports(monkeypatch):
+    """improve() between its parts: what update() is given, and the metrics made of what it returns."""
+    cfg, policy, _ = load(*SMALL, "--clip", "0.1", "--soft-clip", "0.5", "--combine", "sum")
+    table = torch.randn(2, 4, 3, generator=gen(1)).double() * torch.tensor([1.0, 9.0])[:, None, None]
+    A = vgrpo.soft_clip(vgrpo.group_advantages(table.sum(0)), .5)
+    ratio = torch.tensor([1.2, .8, 1.0]).double().expand(4, 3)
+
+    def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
+        assert torch.allclose(advantages, A, atol=1e-5)
+        return dict(loss=ratio, kl=ratio, surrogate=ratio, ratio=ratio), 1.0
+    monkeypatch.setattr(vgrpo, "update", update)
+    monkeypatch.setattr(vgrpo, "collect", lambda *args: [])
+    monkeypatch.setattr(vgrpo, "score", lambda *args: table)
+    line = vgrpo.improve(policy, [], None, None, SimpleNamespace(weights=dict(a=1.0, b=1.0)), {}, cfg, 1)
+    stopped = (A[:, 0] > 0).sum() + (A[:, 1] < 0).sum()
+    assert line["clip_fraction"] == pytest.approx(stopped.item() / 12) and line["reward/b"] == table[1].mean()
+    assert line["reward_std"] == pytest.approx((table.mean(0).var(1, correction=0).mean().sqrt()).item())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_grid_of_dpm_is_shifted_and_even(shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    scheduler = vgrpo.make_scheduler(FlowMatchEulerDiscreteScheduler(shift=shift), "dpm++")
+    scheduler.set_timesteps(4)
+    expected = [shift * s / (1 + (shift - 1) * s) for s in (1, .75, .5, .25)] + [0]
+    assert torch.allclose(scheduler.sigmas, torch.tensor(expected))
+
+
+def test_adamw_and_the_ema_are_given_their_flags():
+    cfg, _, trainable = load(*SMALL, "--weight-decay", "0.25", "--lr", "0.5", "--ema", "0.7")
+    optimizer, ema, _ = vgrpo.restore(trainable, None, 0, cfg)
+    assert (optimizer.defaults["weight_decay"], optimizer.defaults["lr"], ema.decay) == (.25, .5, .7)
+
+
+def test_a_checkpoint_holds_the_weights_and_in_ema_their_average(tmp_path):
+    run(tmp_path, "--lora-rank", "4", "--ema", "0.9")
+    w1, w2, ema = (load_file(tmp_path / "checkpoints" / name / "pytorch_lora_weights.safetensors")
+                   for name in ("000001", "000002", "000002/ema"))
+    assert all(torch.allclose(ema[k], (2 * w1[k] + 9 * w2[k]) / 11, atol=1e-7) for k in ema)
+    assert any((w1[k] - w2[k]).abs().max() > 1e-5 for k in w1)
+
+
+def test_a_checkpoint_appears_whole_and_two_stay(tmp_path, monkeypatch, capsys):
+    folder, save_file, calls = tmp_path / "checkpoints", vgrpo.save_file, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 14:                                        # in the fourth checkpoint
+            raise OSError("disk full")
+        save_file(*args)
+    monkeypatch.setattr(vgrpo, "save_file", full)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--iterations", "5", "--lora-rank", "2")
+    assert sorted(path.name for path in folder.glob("0*")) == ["000002", "000003"]
+    monkeypatch.undo()
+    (folder / "partial" / "stray").write_text("")
+    run(tmp_path, "--iterations", "4", "--resume", "--lora-rank", "2")
+    assert not list(folder.rglob("stray")) and not (folder / "partial").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_iteration_saves_and_exits(tmp_path, monkeypatch, number):
+    improve, handler = vgrpo.improve, signal.getsignal(number)
+    monkeypatch.setattr(vgrpo, "improve", lambda *args: os.kill(os.getpid(), number) or improve(*args))
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--iterations", "9", "--save-every", "9")
+    signal.signal(number, handler)
+    assert end.value.code == 128 + number and (tmp_path / "checkpoints" / "000001").is_dir()
+
+
+def test_evaluation_sees_the_average_and_training_does_not(tmp_path, monkeypatch):
+    seen, evaluate = [], vgrpo.evaluate
+    monkeypatch.setattr(vgrpo, "evaluate", lambda policy, *args: seen.append({
+        k: p.detach().clone() for k, p in policy.transformer.named_parameters() if p.requires_grad})
+        or evaluate(policy, *args))
+    run(tmp_path, "--lora-rank", "4")
+    for k, value in load_file(tmp_path / "checkpoints/000002/ema/pytorch_lora_weights.safetensors").items():
+        assert torch.equal(seen[-1][k.removeprefix("transformer.").removesuffix(".weight")], value)
+
+
+def test_adapters_start_small():
+    _, _, trainable = load("--lora-rank", "16")
+    A = torch.cat([p.flatten() for name, p in trainable.items() if name.endswith("lora_A")])
+    assert A.std().item() == pytest.approx(1 / 16, rel=.05)
+
+
+def test_a_lora_of_unsaid_alpha_has_its_rank_as_alpha(tmp_path):
+    from safetensors.torch import save_file
+    cfg, _, trainable = load("--lora-rank", "4", "--lora-alpha", "12")
+    path = tmp_path / "a.safetensors"
+    save_file({f"transformer.{k}.weight": torch.ones_like(p) for k, p in trainable.items()}, path)
+    vgrpo.load_weights(path, trainable, cfg, "--lora")
+    for name, p in trainable.items():
+        assert torch.allclose(p, torch.tensor(1 / 3 if name.endswith("lora_B") else 1.0))
+
+
+def test_a_full_export_holds_every_tensor(tmp_path):
+    cfg, policy, trainable = load("--lora-rank", "0")
+    vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
+    stored = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == policy.transformer.state_dict().keys()
+
+
+def test_the_last_iteration_is_evaluated_and_saved(tmp_path):
+    lines = run(tmp_path, "--save-every", "9", "--eval-every", "9")
+    assert (tmp_path / "checkpoints" / "000002").is_dir() and {"iteration", "eval"} <= lines[-1].keys()
 
 
 # ---- config and bad input
 
 
 def test_config_help_and_recipes():
-    text = subprocess.run([sys.executable, HERE / "vgrpo.py", "--help"], capture_output=True, text=True).stdout
+    words = [sys.executable, HERE / "vgrpo.py", "--help"]
+    text = subprocess.run(words, capture_output=True, text=True).stdout
     source = (HERE / "vgrpo.py").read_text()
     for field in fields(vgrpo.Config):
         assert f"--{field.name.replace('_', '-')}" in text
         assert field.name == "recipe" or re.search(rf"cfg\.{field.name}\b", source)
     cfg = vgrpo.parse_config(["--model", "sd3.5-medium", "--lr", "1e-5"])
-    assert (cfg.recipe, cfg.lr, cfg.steps, cfg.group_size, cfg.prompts_per_iteration) == ("sd3.5-s1", 1e-5, 40, 24, 48)
+    assert (cfg.recipe, cfg.lr, cfg.steps, cfg.group_size) == ("sd3.5-s1", 1e-5, 40, 24)
+    assert cfg.prompts_per_iteration == 48
     assert vgrpo.parse_config(["--model", "flux.1-dev"]).guidance == 3.5
     assert vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", "sd3.5-s5"]).kl == 0.3
     assert vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", "sd3.5-s2"]).reward == "geneval"
@@ -1103,13 +1335,16 @@ def test_booleans():
     assert not vgrpo.parse_config(["--no-antithetic"]).antithetic and not vgrpo.parse_config([]).checkpointing
 
 
-BAD = [(["--model", "nobody/nothing", "--recipe", "tiny"], "--model nobody/nothing"), (["--reward", "beauty"], "beauty"),
-       (["--solver", "heun"], "--solver"), (["--recipe", "x"], "--recipe"), (["--prompts", "MISSING.txt"], "MISSING.txt"),
+BAD = [(["--model", "nobody/nothing", "--recipe", "tiny"], "--model nobody/nothing"),
+       (["--reward", "beauty"], "beauty"), (["--solver", "heun"], "--solver"),
+       (["--recipe", "x"], "--recipe"),
+       (["--prompts", "MISSING.txt"], "MISSING.txt"),
        (["--prompts", "EMPTY.txt"], "empty"), (["--prompts", "BINARY.txt"], "BINARY.txt"),
        (["--prompts", "BAD.jsonl"], "line 2"), (["--prompts-per-iteration", "5", "--updates", "2"], "4 or 6"),
        (["--group-size", "1"], "--group-size"), (["--lr", "-1"], "--lr"), (["--clip", "nan"], "--clip"),
        (["--ema", "1"], "--ema"), (["--resolution", "100"], "112"), (["--steps", "many"], "--steps"),
-       (["--iteration", "3"], "--iteration"), (["--resume"], "--resume"), (["--resume", "runs/typo"], "runs/typo"), (["--lora", "x"], "--lora-rank"),
+       (["--iteration", "3"], "--iteration"), (["--resume"], "--resume"),
+       (["--resume", "runs/typo"], "runs/typo"), (["--lora", "x"], "--lora-rank"),
        (["--lora", "MISSING", "--lora-rank", "4"], "MISSING")]
 
 
@@ -1139,7 +1374,8 @@ def test_a_damaged_or_other_run_is_refused_and_copies_are_left_alone(tmp_path, c
 
 
 def test_a_reward_that_scores_nothing_ends_the_run(tmp_path, capsys):
-    (tmp_path / "own.py").write_text("def dead(images, prompts, metadata):\n    return images[:, 0, 0, 0] * float('nan')\n")
+    code = "def dead(images, prompts, metadata):\n    return images[:, 0, 0, 0] * float('nan')\n"
+    (tmp_path / "own.py").write_text(code)
     with pytest.raises(SystemExit) as end:
         vgrpo.main([*SMALL, "--reward", f"{tmp_path / 'own.py'}:dead", "--out", str(tmp_path / "run")])
     assert end.value.code == 1 and "dead could not score any" in capsys.readouterr().err
@@ -1168,7 +1404,8 @@ def test_prompt_files(tmp_path):
     assert vgrpo.read_prompts(str(tmp_path / "a.jsonl")) == [{"prompt": "one", "tag": "x"}]
     (tmp_path / "b.txt").write_text("\n".join(f"prompt {i}" for i in range(200)))
     train, held_out = vgrpo.load_prompts(SimpleNamespace(prompts=str(tmp_path / "b.txt")))
-    assert len(train) == 180 and len(held_out) == 20 and not {str(i) for i in train} & {str(i) for i in held_out}
+    assert len(train) == 180 and len(held_out) == 20
+    assert not {str(i) for i in train} & {str(i) for i in held_out}
 
 
 def test_built_in_prompts(tmp_path, monkeypatch):
@@ -1197,7 +1434,7 @@ def test_the_readme_points_at_the_lines_and_tests_there_are():
         assert f"def {name}(" in tests or name == "test_vgrpo", name
     for flag in re.findall(r"`(--[a-z-]+)", readme):
         field = flag[2:].removeprefix("no-").replace("-", "_")
-        assert field in vgrpo.Config.__dataclass_fields__ or flag in ("--nproc_per_node", "--help", "--metadata"), flag
+        assert field in vgrpo.Config.__dataclass_fields__ or flag in ("--help", "--metadata"), flag
 
 
 # ---- the tiny pipeline learns

@@ -16,10 +16,10 @@ Where this file departs from the paper:
  1. Antithetic noise is on by default: neighbouring strata take eps and -eps. --no-antithetic is the paper's.
     --share matched (see draw_pairs) is ours too, and the paper's recipes do not use it.
  2. Where M does not divide the sampler's grid, a point between two strata belongs to both in proportion.
- 3. The weight's denominator has a floor of 1e-5; a group whose rewards are all equal has advantage 0.
+ 3. A floor of 1e-5 in the weight's denominator, 1e-6 added to the std; equal or missing rewards: A = 0.
  4. An iteration's first step is at theta_old itself, where L_hat(theta_old) is sg(L_hat(theta)) exactly: its
     theta_old pass is dropped. With --updates U each step takes its own P/U whole groups.
- 5. The KL (Eq. 16) is a mean over the latent's d numbers, as the surrogate is.
+ 5. Eq. 14's square, as in the paper's code, and Eq. 16's KL are means over d, not sums: they scale e, beta.
 """
 import argparse
 import functools
@@ -61,14 +61,14 @@ class Config:
     guidance: float = 0.0              # classifier-free or embedded guidance scale, 0 = off
     resolution: int = 0                # image side in pixels, 0 = the pipeline's own
     n_mc: int = 4                      # M, timestep-noise pairs per image
-    share: str = "both"                # of its pairs, a group shares both, timestep, noise, none; or matched
+    share: str = "both"                # what a group shares: both, timestep, noise, none; matched: in twos
     stratified: bool = True            # one timestep from each of M strata of the sampler's grid
     antithetic: bool = True            # neighbouring strata take eps and -eps
     weight: str = "adaptive"           # of the denoising loss: adaptive (Eq. 14), x, v, eps
     clip: float = 0.0                  # ratio clip range e, 0 = off
     kl: float = 0.0                    # beta of the simple KL to theta_old (Eq. 16), 0 = off
     soft_clip: float = 3.0             # eta of the advantage soft clip (Eq. 17), 0 = off
-    combine: str = "advantage"         # several rewards: sum of group advantages, or "sum" of raw rewards
+    combine: str = "advantage"         # "advantage": weighted mean of advantages; "sum": of raw rewards
     lr: float = 3e-4                   # AdamW's learning rate
     weight_decay: float = 1e-4         # AdamW's weight decay
     grad_norm: float = 1.0             # clip of the gradient's norm, 0 = off
@@ -110,7 +110,7 @@ RECIPES = {
     "sd3.5-s5": dict(SKILL, reward="ocr", prompts="ocr", iterations=15, kl=0.3),
     "flux": dict(reward="hpsv2,pickscore,imagereward", prompts="hpdv2", iterations=300, updates=4, steps=16,
                  prompts_per_iteration=32, group_size=12, guidance=3.5, resolution=720, clip=1e-2, lr=1e-5,
-                 soft_clip=0.0, lora_rank=0, ema=0.0, dtype="bf16", checkpointing=True, micro_batch=3,
+                 soft_clip=3.0, lora_rank=0, ema=0.0, dtype="bf16", checkpointing=True, micro_batch=3,
                  shard=True),
 }
 CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none", "matched"),
@@ -212,11 +212,11 @@ def surrogate(v, o, t, eps, weight="adaptive"):
     o = o[:, None]
     z = add_noise(o, t, eps)
     s = t.reshape(*t.shape, *[1] * (eps.ndim - 2))
-    x = z - s * v
+    x = z - s * v                                                  # x_theta; s is t [B, M, 1, ...]
     if weight == "v":
         error = v - (eps - o)
     elif weight == "eps":
-        error = z + (1 - s) * v - eps
+        error = z + (1 - s) * v - eps                              # eps_theta = z_t + (1 - t) v_theta
     else:
         error = x - o
     error = error.flatten(2)
@@ -316,8 +316,8 @@ def whole(tensor):
 
 class Policy:
     """A diffusers flow-matching pipeline as pi_theta.
-    It samples by the pipeline's own call, and hooks hear what the network is given. So no model family needs
-    code of its own, and the velocity that is trained is the one the pipeline used.
+    It samples by the pipeline's own call, and hooks hear what the network is given, so no model family needs
+    code of its own. Trained is the network's velocity for the prompt: of guidance only what is embedded.
     """
 
     def __init__(self, pipe, cfg, device, **options):
@@ -343,7 +343,7 @@ class Policy:
         return dict(guidance_scale=scale) if "guidance_scale" in accepted else {}
 
     def hear_network(self, module, args, kwargs, output):
-        if self.listening:
+        if self.listening:                                         # told: the last call's arguments, by name
             self.told, self.output = {**dict(zip(self.names, args)), **kwargs}, output[0]
             self.first = self.first or self.told
 
@@ -364,8 +364,8 @@ class Policy:
         return (images.float() * 255).round().to(torch.uint8).cpu()
 
     def learn(self):
-        """Two short calls without guidance, of 3 and of 2 images: arguments have an axis of images where
-        their length follows; velocity = sign * output is read off, and must hold."""
+        """Two short calls without guidance, of 3 and of 2 images: an argument's axis of images is the one
+        whose length followed. The scheduler was given sign * output: the sign is read off, and checked."""
         quiet = dict(self.guide(1.0), num_inference_steps=2, output_type="latent")
         self.generate(["a"], [generator("listen", i) for i in range(3)], **quiet)
         three = self.first
@@ -392,16 +392,16 @@ class Policy:
         return given
 
     def velocity(self, z, t, conditions):
-        """v_theta(z_t, t, c) in fp32.  z [B, ...], t [B]; conditions of one row -> [B, ...]"""
-        rows = {name: conditions[name].repeat_interleave(len(z), axis)      # an expanded one rounds in bf16
-                for name, axis in self.axis.items() if name in conditions}  # unlike the pipeline's copies
+        """v_theta(z_t, t, c) in fp32.  z [B, ...], t [B] of the grid; conditions of one row -> [B, ...]"""
+        rows = {name: conditions[name].repeat_interleave(len(z), axis)      # copies, as the pipeline's: a
+                for name, axis in self.axis.items() if name in conditions}  # broadcast rounds otherwise
         step = (t[:, None] - self.sigmas().to(t.device)).abs().argmin(1)
         rows[self.time] = torch.cat(self.times)[step.to(self.device)]       # as heard: bf16 rounds it
         z = z.to(self.device, self.dtype)
         return self.sign * self.transformer(hidden_states=z, **{**conditions, **rows})[0].float()
 
 def make_scheduler(scheduler, solver):
-    """The solver on the model's own noise schedule; DPM-Solver++ cuts it evenly where a pipeline does not."""
+    """euler: the pipeline's own grid. dpm++: 1, 1 - 1/n .. 1/n, shifted, unless the pipeline gives sigmas."""
     from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
     config = dict(scheduler.config)
     if "FlowMatch" not in type(scheduler).__name__ and config.get("prediction_type") != "flow_prediction":
@@ -464,7 +464,7 @@ def load_policy(cfg, device):
     if sharded:
         shard(transformer, blocks, dtype)
     remember_prompts(pipe, encoders, device)
-    no_t5 = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # nor rows of zeros for it
+    no_t5 = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # it has no T5: no zeros for it
     trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     return Policy(pipe, cfg, device, **no_t5), trainable
 
@@ -610,7 +610,7 @@ class Group:
     conditions: dict           # c, one row
 
 def chunks(n, cfg, rows=1):
-    """Slices of n images, a network call each: a micro-batch, or M of them where an image is one row."""
+    """Slices of n images, a network call each: micro_batch images, `rows` times as many in a rollout."""
     size = (cfg.micro_batch or cfg.group_size) * rows
     return [slice(first, min(first + size, n)) for first in range(0, n, size)]
 
@@ -765,7 +765,7 @@ def restore(trainable, folder, done, cfg):
     params = list(trainable.values())
     if cfg.lora and not folder:
         load_weights(Path(cfg.lora), trainable, cfg, "--lora")
-    ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) at step s
+    ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) after s > 0
     ema.optimization_step = done * cfg.updates
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
     shadow = {"ema": dict(zip(trainable, ema.shadow_params))} if cfg.ema else {}

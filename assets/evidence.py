@@ -142,18 +142,23 @@ def report():
     curves = {}
     for run in data["runs"]:
         curves.setdefault(run["name"], []).append(run)
-    paper = statistics.mean(run["evals"][-1][1] for run in curves["paper"])
-    text += ["", "| run | cost per image and iteration | evaluation after 20, 60, 100 iterations | lowest, highest at the end | "
-             "strict | cost to reach the paper's end |", "|---|---|---|---|---|---|"]
-    whole = 100 * curves["paper"][0]["cost"]
+    text += ["", "| run, seeds | cost per image and iteration | evaluation after 20, 60, 100 iterations | lowest, highest "
+             "at the end | strict | cost to reach .90, .95, .99, paper = 1 |", "|---|---|---|---|---|---|"]
+
+    def costs(runs):
+        """Network evaluations per image until the mean evaluation reaches each level, between evaluations linearly."""
+        mean = [(k, statistics.mean(run["evals"][i][1] for run in runs)) for i, (k, *_) in enumerate(runs[0]["evals"])]
+        for level in (.90, .95, .99):
+            steps = [k0 + (k - k0) * (level - v0) / (v - v0) for (k0, v0), (k, v) in zip(mean, mean[1:]) if v0 < level <= v]
+            yield steps[0] * runs[0]["cost"] if steps else None
+
+    paper = list(costs(curves["paper"]))
     for name, runs in curves.items():
         at = {k: [value for run in runs for iteration, value, _ in run["evals"] if iteration == k] for k in (20, 60, 100)}
-        mean = [(k, statistics.mean(run["evals"][i][1] for run in runs)) for i, (k, *_) in enumerate(runs[0]["evals"])]
-        reached = next((k for k, value in mean if value >= paper), None)
-        share = f"{reached * runs[0]['cost'] / whole:.2f}" if reached else "not reached"
-        text.append(f"| {name} ({len(runs)} seeds) | {runs[0]['cost']:.0f} | "
+        shares = ["never" if cost is None else f"{cost / base:.2f}" for cost, base in zip(costs(runs), paper)]
+        text.append(f"| {name}, {len(runs)} | {runs[0]['cost']:.0f} | "
                     f"{' '.join(f'{statistics.mean(at[k]):.3f}' for k in at)} | {min(at[100]):.3f} {max(at[100]):.3f} | "
-                    f"{statistics.mean(run['evals'][-1][2] for run in runs):.3f} | {share} |")
+                    f"{statistics.mean(run['evals'][-1][2] for run in runs):.3f} | {' '.join(shares)} |")
     (HERE / "evidence.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
