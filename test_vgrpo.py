@@ -886,7 +886,7 @@ def test_run_folder_and_metrics(tmp_path):
     names = {p.name for p in folder.iterdir()}
     assert names == {"pytorch_lora_weights.safetensors", "ema", "exp_avg", "exp_avg_sq"}
     config = json.loads((out / "config.json").read_text())
-    assert config["flags"]["lora_rank"] == 4 and config["versions"]["torch"] == torch.__version__
+    assert config["flags"]["lora_rank"] == 4 and torch.__version__.startswith(config["versions"]["torch"])
 
 
 def test_trackers_are_told_what_the_file_is_told(tmp_path, monkeypatch):

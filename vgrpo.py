@@ -762,12 +762,11 @@ def save_checkpoint(out, iteration, state, transformer, cfg):
 def restore(trainable, folder, done, cfg):
     """-> optimizer, EMA, and all that determines the next number, as it was `done` iterations on."""
     from diffusers.training_utils import EMAModel
-    params = list(trainable.values())
     if cfg.lora and not folder:
         load_weights(Path(cfg.lora), trainable, cfg, "--lora")
-    ema = EMAModel(params, decay=cfg.ema)                          # min(ema, (1 + s) / (10 + s)) after s > 0
+    ema = EMAModel(trainable.values(), decay=cfg.ema)              # min(ema, (1 + s) / (10 + s)) after s > 0
     ema.optimization_step = done * cfg.updates
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     shadow = {"ema": dict(zip(trainable, ema.shadow_params))} if cfg.ema else {}
     state = {"": trainable, **shadow, "exp_avg": {}, "exp_avg_sq": {}}
     for name, p in trainable.items():
@@ -874,6 +873,7 @@ def main(argv=None):
             print(f"\nvgrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     if dist.is_initialized():
+        dist.barrier()                                             # leave together: gloo may abort one alone
         dist.destroy_process_group()
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def measure(repeats, *flags):
 if __name__ == "__main__":
     base = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
     print(f"iteration {base.iteration:.3f} s, its bare calls {base.bare:.3f} s, ratio {base.ratio:.3f}")
-    for flags in (["--steps", "20"], ["--n-mc", "8"], ["--group-size", "48"]):
+    paper = "--prompts-per-iteration 6 --group-size 24 --steps 10 --n-mc 4 --solver euler --share both".split()
+    for flags in (paper, ["--steps", "12"], ["--n-mc", "4"], ["--group-size", "24"]):
         twice = measure(7, *flags)
         print(f"{' '.join(flags)}: iteration {twice.iteration:.3f} s, ratio {twice.ratio:.3f}")
