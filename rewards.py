@@ -1,6 +1,6 @@
 """The rewards of V-GRPO's recipes, on transformers alone: python rewards.py --reward hpsv2 --prompt cat a.png
 
-A reward is fn(images [N, 3, H, W] in [0, 1], prompts, metadata) -> float [N]; NaN: this image has no score.
+A reward is fn(images [N, 3, H, W] in [0, 1], prompts, metadata) -> float [N], NaN where there is no score.
 In `--reward pickscore=1,hpsv2@FOLDER=0.5,my_rewards.py:fn=2` a FOLDER stands for the hub: OWNER/NAME is read
 from FOLDER/NAME, else FOLDER. GenEval's detector has the official architecture, but other weights.
 """
@@ -15,12 +15,12 @@ import math
 import random
 import re
 import runpy
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cmp_to_key, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 import transformers as hf
@@ -313,12 +313,18 @@ def ocr_prompts(n, seed):
 JUDGE = """This picture was generated from the caption "{}". Judge how well it matches and how good it looks.
 Explain briefly, then end with one line "Final Score: X", with X from 1 (bad) to 5 (perfect)."""
 
+def call(url, body=None):
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
 class Judge:
     """UnifiedReward, a vision-language model behind an OpenAI-compatible server."""
     def __init__(self, url):
         self.url, serve = f"{url}".rstrip("/") + "/v1/", "vllm serve CodeGoat24/UnifiedReward-2.0-qwen-7b"
         with one_line(UsageError, f"no judge at {url}; `{serve}`, then unified@http://localhost:8000"):
-            self.model = requests.get(self.url + "models", timeout=60).json()["data"][0]["id"]
+            self.model = call(self.url + "models")["data"][0]["id"]
 
     def ask(self, image, prompt):
         picture = "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode()
@@ -327,8 +333,7 @@ class Judge:
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
         for _ in range(3):
             with contextlib.suppress(Exception):                    # no answer, or none with a score
-                reply = requests.post(self.url + "chat/completions", json=body, timeout=60).json()
-                text = reply["choices"][0]["message"]["content"].lower()
+                text = call(self.url + "chat/completions", body)["choices"][0]["message"]["content"].lower()
                 score = float(re.findall(r"final score[\s:*_`]*(\d+(?:\.\d+)?)", text)[-1])
                 return score / 5 if 1 <= score <= 5 else math.nan   # a "10" is neither 1 nor 5
         return math.nan

@@ -2,7 +2,7 @@
 
 Generate a group of images per prompt with any ODE sampler, score them, and follow GRPO's clipped objective,
 with the diffusion ELBO of the final image (minus its denoising loss over a few timestep-noise pairs) for the
-intractable log-likelihood. Shared pairs, stratified timesteps and a self-normalised weight make it stable; a
+intractable log-likelihood. Shared pairs, stratified timesteps and a self-normalised weight make it stable. A
 ratio clip, a KL to theta_old or a soft clip of the advantages bound the step.
 
     python vgrpo.py                                              # the tiny model, on a laptop, minutes
@@ -251,7 +251,7 @@ def soft_clip(advantages, eta):
 
 def vgrpo_loss(surrogate, surrogate_old, advantages, clip=0.0, kl=0.0, x=None, x_old=None):
     """The clipped objective, to be minimised: -min(rho A, clip(rho, 1-e, 1+e) A) + beta KL, per image.
-    surrogate, surrogate_old, advantages [B]; x, x_old [B, M, ...] where KL is on -> loss, rho, KL [B] each
+    surrogate, surrogate_old, advantages [B], x, x_old [B, M, ...] where KL is on -> loss, rho, KL [B] each
     """
     ratio = torch.exp(surrogate_old - surrogate)                   # the mean over pairs came before the exp
     bounded = ratio.clamp(1 - clip, 1 + clip) if clip else ratio
