@@ -1115,6 +1115,9 @@ def test_a_perfect_prediction_has_loss_0_and_no_gradient():
     L, _ = vgrpo.surrogate(v, torch.zeros(1, 3), torch.full((1, 2), .5), torch.zeros(1, 2, 3))
     L.sum().backward()
     assert L.item() == 0 and torch.equal(v.grad, torch.zeros_like(v))
+    for size, expected in ((2e-4, 1e-4), (2e-6, 1e-7)):            # x is off by half of it; the floor is 1e-5
+        L, _ = vgrpo.surrogate(v.detach() + size, torch.zeros(1, 3), torch.full((1, 2), .5), v.detach())
+        assert L.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_kl_of_a_later_step_is_the_distance_from_theta_old():
@@ -1130,6 +1133,19 @@ def test_kl_of_a_later_step_is_the_distance_from_theta_old():
     stats, _ = vgrpo.update(policy, [*trainable.values()], optimizer, once, groups, A, cfg, 1)
     expected = (x_theta() - old).square().flatten(2).mean(-1).double()
     assert expected.min() > 0 and torch.allclose(stats["kl"][2:], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_later_steps_follow_the_clipped_objective_and_the_kl():
+    """Each of four steps, against the formula in the ratio and the KL that it reports."""
+    cfg, policy, trainable = load(*SMALL, "--updates", "4", "--kl", "0.3", "--clip", "1e-4")
+    groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
+    stats, _ = vgrpo.update(policy, [*trainable.values()], optimizer, NO_EMA, groups, A, cfg, 1)
+    rho, A = stats["ratio"], A.double()
+    assert (rho[0] == 1).all() and (rho[1:] != 1).all() and (stats["kl"][1:] > 0).all()
+    bounded = torch.minimum(rho * A, rho.clamp(1 - 1e-4, 1 + 1e-4) * A)
+    assert (bounded != rho * A).any()
+    assert torch.allclose(stats["loss"], .3 * stats["kl"] - bounded, atol=1e-6)
 
 
 def test_a_gradient_step_is_a_mean_over_the_images_of_its_own_groups():
@@ -1210,9 +1226,11 @@ def test_an_iteration_clips_combines_and_reports(monkeypatch):
     A = vgrpo.soft_clip(vgrpo.group_advantages(table.sum(0)), .5)
     ratio = torch.tensor([1.2, .8, 1.0]).double().expand(4, 3)
 
+    L = torch.rand(4, 3, generator=gen(2)).double()
+
     def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
         assert torch.allclose(advantages, A, atol=1e-5)
-        return dict(loss=ratio, kl=ratio, surrogate=ratio, ratio=ratio), 1.0
+        return dict(loss=ratio, kl=ratio, surrogate=L, ratio=ratio), 1.0
     monkeypatch.setattr(vgrpo, "update", update)
     monkeypatch.setattr(vgrpo, "collect", lambda *args: [])
     monkeypatch.setattr(vgrpo, "score", lambda *args: table)
@@ -1220,6 +1238,11 @@ def test_an_iteration_clips_combines_and_reports(monkeypatch):
     stopped = (A[:, 0] > 0).sum() + (A[:, 1] < 0).sum()
     assert line["clip_fraction"] == pytest.approx(stopped.item() / 12) and line["reward/b"] == table[1].mean()
     assert line["reward_std"] == pytest.approx((table.mean(0).var(1, correction=0).mean().sqrt()).item())
+    assert line["surrogate_group_cv"] == pytest.approx(np.mean([row.std() / row.mean() for row in L]).item())
+    table[:, 1], table[:, 3, 0] = 7.0, math.nan        # a group of equal rewards; an image without a score
+    A[1], A[2:] = 0, vgrpo.soft_clip(vgrpo.group_advantages(table.sum(0)), .5)[2:]
+    line = vgrpo.improve(policy, [], None, None, SimpleNamespace(weights=dict(a=1.0, b=1.0)), {}, cfg, 1)
+    assert line["zero_std_groups"] == 1
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -1306,6 +1329,18 @@ def test_a_full_export_holds_every_tensor(tmp_path):
     assert stored.keys() == policy.transformer.state_dict().keys()
 
 
+def test_an_evaluation_weighs_its_rewards(monkeypatch):
+    """Two prompts on three ranks: the third group is there for the ranks' sake and in no mean."""
+    table = torch.stack([torch.tensor([[1., 3.], [5., math.nan], [100., 100.]]), torch.full((3, 2), 8.)])
+    monkeypatch.setattr(vgrpo, "collect", lambda *args: [])
+    monkeypatch.setattr(vgrpo, "score", lambda scorer, groups, P, device: table.double()[:, :P])
+    scorer = SimpleNamespace(weights=dict(a=3.0, b=1.0, c=0.0))
+    table = torch.cat([table, table[1:]])
+    metrics, _, kept = vgrpo.evaluate(SimpleNamespace(device="cpu"), scorer, [{}, {}], None, 0, 3)
+    assert kept.shape == (3, 2, 2) and metrics["eval/a"] == 3 and metrics["eval/b"] == 8
+    assert metrics["eval"] == pytest.approx((2.75 + 4.25 + 5.75) / 3)
+
+
 def test_the_last_iteration_is_evaluated_and_saved(tmp_path):
     lines = run(tmp_path, "--save-every", "9", "--eval-every", "9")
     assert (tmp_path / "checkpoints" / "000002").is_dir() and {"iteration", "eval"} <= lines[-1].keys()
@@ -1328,6 +1363,21 @@ def test_config_help_and_recipes():
     assert vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", "sd3.5-s5"]).kl == 0.3
     assert vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", "sd3.5-s2"]).reward == "geneval"
     assert all(vgrpo.Config(**recipe).antithetic for recipe in vgrpo.RECIPES.values())
+
+
+def test_the_recipes_have_the_papers_values():
+    sd35 = dict(group_size=24, prompts_per_iteration=48, steps=40, lora_rank=32, lora_alpha=64.0, lr=3e-4,
+                guidance=0.0, resolution=512, share="both", stratified=True, weight="adaptive")
+    one = dict(sd35, updates=1, n_mc=4, clip=0.0, kl=0.0, soft_clip=3.0, iterations=150)
+    two = dict(sd35, updates=2, n_mc=10, clip=3e-2, kl=0.0, soft_clip=0.0, iterations=100)
+    expected = {
+        "sd3.5-s1": one, "sd3.5-s2": two, "sd3.5-s3": one, "sd3.5-s4": dict(two, iterations=25),
+        "sd3.5-s5": dict(two, clip=0.0, kl=0.3, iterations=15),
+        "flux": dict(updates=4, steps=16, n_mc=4, clip=1e-2, kl=0.0, soft_clip=3.0, guidance=3.5, lr=1e-5,
+                     group_size=12, prompts_per_iteration=32, lora_rank=0, resolution=720, iterations=300)}
+    for name, values in expected.items():
+        cfg = vgrpo.parse_config(["--model", "sd3.5-medium", "--recipe", name])
+        assert {key: getattr(cfg, key) for key in values} == values
 
 
 def test_booleans():
