@@ -1,8 +1,8 @@
 """The README's evidence: the paper's claims in miniature, on the tiny model.
 
-    python assets/evidence.py noise      # the estimators' gradient noise -> evidence.json, 20 minutes on two cores
-    python assets/evidence.py runs       # the learning curves -> evidence.json, an hour on two cores
-    python assets/evidence.py report     # evidence.json -> evidence.md, evidence.png, learning.png (needs matplotlib)
+    python assets/evidence.py noise      # the gradient's noise -> evidence.json, 20 minutes on 2 cores
+    python assets/evidence.py runs       # the learning curves -> evidence.json, an hour on 2 cores
+    python assets/evidence.py report     # evidence.json -> evidence.md and the pictures (needs matplotlib)
 """
 import json
 import os
@@ -15,8 +15,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "evidence"
 # The paper's estimator and control at the scale of the tiny model; every other row changes what it says.
-PAPER = ("--prompts-per-iteration 6 --group-size 24 --share both --no-antithetic --n-mc 4 --lr 3e-4 --solver euler "
-         "--steps 10 --soft-clip 3 --updates 1")
+PAPER = ("--prompts-per-iteration 6 --group-size 24 --share both --no-antithetic --n-mc 4 --lr 3e-4 "
+         "--solver euler --steps 10 --soft-clip 3 --updates 1")
+EIGHT = "--prompts-per-iteration 8 --group-size 18 "
 CURVES = {  # name -> flags, seeds
     "paper": ("", 5),
     "tiny recipe": (None, 5),
@@ -34,10 +35,10 @@ CURVES = {  # name -> flags, seeds
     "DPM-Solver++, 10 steps": ("--solver dpm++", 3),
     "DPM-Solver++, 6 steps": ("--solver dpm++ --steps 6", 3),
     "no soft clip": ("--soft-clip 0", 3),
-    "8 x 18": ("--prompts-per-iteration 8 --group-size 18", 3),
-    "8 x 18, 4 updates, no control": ("--prompts-per-iteration 8 --group-size 18 --updates 4 --soft-clip 0", 3),
-    "8 x 18, 4 updates, clip .01": ("--prompts-per-iteration 8 --group-size 18 --updates 4 --soft-clip 0 --clip 0.01", 3),
-    "8 x 18, 4 updates, KL .3": ("--prompts-per-iteration 8 --group-size 18 --updates 4 --soft-clip 0 --kl 0.3", 3),
+    "8 x 18": (EIGHT, 3),
+    "8 x 18, 4 updates, no control": (EIGHT + "--updates 4 --soft-clip 0", 3),
+    "8 x 18, 4 updates, clip .01": (EIGHT + "--updates 4 --soft-clip 0 --clip 0.01", 3),
+    "8 x 18, 4 updates, KL .3": (EIGHT + "--updates 4 --soft-clip 0 --kl 0.3", 3),
 }
 ESTIMATORS = {  # name -> share, stratified, antithetic, weight, N_MC
     "naive": ("none", False, False, "v", 4),
@@ -71,7 +72,7 @@ def keep(key, value):
 
 
 def gradient_noise(rollout, draws=40):
-    """-> {estimator: (trace of the gradient's variance / its squared mean, cv of L_hat, cv within a group)}"""
+    """-> {estimator: (trace of the gradient's variance / its squared mean, cv of L_hat, within a group)}"""
     sys.path.insert(0, str(HERE.parent))
     import torch
 
@@ -90,7 +91,8 @@ def gradient_noise(rollout, draws=40):
     result = {}
     for name, (share, stratified, antithetic, weight, M) in ESTIMATORS.items():
         flags = ["--share", share, "--weight", weight, "--n-mc", str(M)]
-        flags += [f"--{'' if on else 'no-'}{what}" for what, on in (("stratified", stratified), ("antithetic", antithetic))]
+        switches = (("stratified", stratified), ("antithetic", antithetic))
+        flags += [f"--{'' if on else 'no-'}{what}" for what, on in switches]
         mean, square, spread = 0.0, 0.0, []
         for draw in range(draws):
             cfg, L = vgrpo.parse_config(flags + ["--seed", str(1000 * rollout + draw)]), []
@@ -114,17 +116,21 @@ def one_run(job):
     name, flags, seed = job
     out = RUNS / f"{name}-{seed}".replace(" ", "_").replace(",", "").replace(":", "").replace("+", "")
     last = out / "checkpoints" / "000100"
-    command = [sys.executable, HERE.parent / "vgrpo.py", "--out", out, "--seed", str(seed), "--save-every", "1000"]
+    command = [sys.executable, HERE.parent / "vgrpo.py", "--out", out, "--seed", str(seed)]
+    command += ["--save-every", "1000"]
     if not last.exists():
         command += [] if flags is None else f"{PAPER} {flags}".split()
-        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert process.returncode == 0, process.stderr
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     run = next(line for line in lines if "reward" in line)
-    cost = run["nfe_rollout"] + run["nfe_old"] + 3 * run["nfe_train"]      # per image: a backward pass counts twice
-    evals = [(line["iteration"], line["eval/shapes"], line["eval/shapes-strict"]) for line in lines if "eval" in line]
+    cost = run["nfe_rollout"] + run["nfe_old"] + 3 * run["nfe_train"]      # per image; a backward is two
+    names = "iteration", "eval/shapes", "eval/shapes-strict"
+    evals = [tuple(line[name] for name in names) for line in lines if "eval" in line]
     print(name, seed, evals[-1], flush=True)
-    seconds = sum(line["seconds_rollout"] + line["seconds_reward"] + line["seconds_update"] for line in lines if "reward" in line)
+    parts = "seconds_rollout", "seconds_reward", "seconds_update"
+    seconds = sum(line[part] for line in lines if "reward" in line for part in parts)
     return dict(name=name, seed=seed, cost=cost, evals=evals, seconds=seconds)
 
 
@@ -133,7 +139,8 @@ def report():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     data = json.loads((HERE / "evidence.json").read_text())
-    text = ["| estimator | gradient noise / signal, three rollouts | their mean | cv of L_hat | cv within a group |", "|---|---|---|---|---|"]
+    text = ["| estimator | gradient noise / signal, three rollouts | their mean | cv of L_hat "
+            "| cv within a group |", "|---|---|---|---|---|"]
     for name in ESTIMATORS:
         rows = [rollout[name] for rollout in data["noise"]]
         noise, cv, group_cv = ([row[i] for row in rows] for i in range(3))
@@ -142,27 +149,32 @@ def report():
     curves = {}
     for run in data["runs"]:
         curves.setdefault(run["name"], []).append(run)
-    text += ["", "| run, seeds | cost per image and iteration | evaluation after 20, 60, 100 iterations | lowest, highest "
-             "at the end | strict | cost to reach .90, .95, .99, paper = 1 |", "|---|---|---|---|---|---|"]
+    text += ["", "| run, seeds | cost per image and iteration | evaluation after 20, 60, 100 iterations "
+             "| lowest, highest at the end | strict | cost to reach .90, .95, .99, paper = 1 |", "|---|---|---|---|---|---|"]
 
     def costs(runs):
-        """Network evaluations per image until the mean evaluation reaches each level, between evaluations linearly."""
-        mean = [(k, statistics.mean(run["evals"][i][1] for run in runs)) for i, (k, *_) in enumerate(runs[0]["evals"])]
+        """Network evaluations per image until the mean evaluation reaches each level, in between linearly."""
+        mean = [(evals[0][0], statistics.mean(value for _, value, _ in evals))
+                for evals in zip(*(run["evals"] for run in runs))]
         for level in (.90, .95, .99):
-            steps = [k0 + (k - k0) * (level - v0) / (v - v0) for (k0, v0), (k, v) in zip(mean, mean[1:]) if v0 < level <= v]
+            steps = [k0 + (k - k0) * (level - v0) / (v - v0)
+                     for (k0, v0), (k, v) in zip(mean, mean[1:]) if v0 < level <= v]
             yield steps[0] * runs[0]["cost"] if steps else None
 
     paper = list(costs(curves["paper"]))
     for name, runs in curves.items():
-        at = {k: [value for run in runs for iteration, value, _ in run["evals"] if iteration == k] for k in (20, 60, 100)}
+        evals = [one for run in runs for one in run["evals"]]
+        at = {k: [value for iteration, value, _ in evals if iteration == k] for k in (20, 60, 100)}
         shares = ["never" if cost is None else f"{cost / base:.2f}" for cost, base in zip(costs(runs), paper)]
         text.append(f"| {name}, {len(runs)} | {runs[0]['cost']:.0f} | "
-                    f"{' '.join(f'{statistics.mean(at[k]):.3f}' for k in at)} | {min(at[100]):.3f} {max(at[100]):.3f} | "
+                    f"{' '.join(f'{statistics.mean(at[k]):.3f}' for k in at)} | "
+                    f"{min(at[100]):.3f} {max(at[100]):.3f} | "
                     f"{statistics.mean(run['evals'][-1][2] for run in runs):.3f} | {' '.join(shares)} |")
     (HERE / "evidence.md").write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
-    panels = [["paper", "tiny recipe", "share: matched"], ["paper", "share: none", "no strata", "weight: v", "naive"],
+    panels = [["paper", "tiny recipe", "share: matched"],
+              ["paper", "share: none", "no strata", "weight: v", "naive"],
               ["paper", "weight: x", "weight: v", "weight: eps"], ["paper", "N_MC 2", "N_MC 8", "antithetic"],
               ["8 x 18", *(name for name in curves if "4 updates" in name)],
               ["paper", *(name for name in curves if "steps" in name)]]
@@ -181,13 +193,15 @@ def report():
 
     samples = sorted((RUNS / "tiny_recipe-0" / "samples").glob("*.png"))
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6))
-    for axis, path, title in ((axes[0], samples[0], "before"), (axes[1], samples[-1], "after 100 iterations")):
+    titles = "before", "after 100 iterations"
+    for axis, path, title in zip(axes, (samples[0], samples[-1]), titles):
         axis.imshow(plt.imread(path))
         axis.set_title(title)
         axis.axis("off")
     for run in curves["tiny recipe"]:
-        axes[2].plot([k for k, *_ in run["evals"]], [value for _, value, _ in run["evals"]], label=f"seed {run['seed']}")
-    axes[2].set(xlabel="iteration", title="evaluation: share of colour, shape and side that is right", ylim=(.5, 1))
+        iterations, values, _ = zip(*run["evals"])
+        axes[2].plot(iterations, values, label=f"seed {run['seed']}")
+    axes[2].set(xlabel="iteration", title="evaluation: share of colour, shape, side that is right", ylim=(.5, 1))
     axes[2].grid(alpha=.3)
     axes[2].legend()
     figure.tight_layout()

@@ -1,8 +1,8 @@
 """The tiny world: coloured shapes, 32 x 32, how they are drawn, and the reward that reads them.
 
-`python assets/tiny.py` makes assets/tiny-sd3, the model that `python vgrpo.py` trains, in 40 s on two cores: a real
-StableDiffusion3Pipeline of 0.5 M parameters. It draws well and half obeys, because it was pretrained on captions in
-which each word is redrawn with probability `wrong`.
+`python assets/tiny.py` makes assets/tiny-sd3, the model that `python vgrpo.py` trains, in 40 s on two cores:
+a real StableDiffusion3Pipeline of 0.5 M parameters. It draws well and half obeys, because it was pretrained
+on captions in which each word is redrawn with probability `wrong`.
 """
 import itertools
 import math
@@ -79,12 +79,13 @@ def draw_shapes(labels, gen):
 
 
 def blank():
-    """The pipeline with random weights: a 3-block MMDiT, 8 x 8 x 4 latents, 8 text tokens of a word each, no T5."""
+    """The pipeline with random weights: a 3-block MMDiT, 8 x 8 x 4 latents, 8 text tokens (words), no T5."""
     tokenizer = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=8)
     tokenizer.add_tokens(sorted(set(" ".join(PROMPTS).split())))
     config = CLIPTextConfig(                          # drawn wide: at the usual scale all prompts look alike
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, initializer_factor=1.5)
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+        initializer_factor=1.5)
     vae = AutoencoderTiny(
         encoder_block_out_channels=(16, 16, 16), decoder_block_out_channels=(16, 16, 16), latent_channels=4,
         num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
@@ -93,8 +94,9 @@ def blank():
         num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=64, pooled_projection_dim=64,
         pos_embed_max_size=8)
     encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), vae, encoders[0], tokenizer,
-                                    encoders[1], tokenizer, text_encoder_3=None, tokenizer_3=None)
+    return StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(), vae, encoders[0], tokenizer, encoders[1], tokenizer,
+        text_encoder_3=None, tokenizer_3=None)
 
 
 def fit(module, loss_of, steps, lr, title):
