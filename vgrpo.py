@@ -316,11 +316,10 @@ class Policy:
     """
 
     def __init__(self, pipe, cfg, device, **options):
-        self.pipe, self.transformer, self.device, self.listening = pipe, pipe.transformer, device, False
+        self.pipe, self.transformer, self.device = pipe, pipe.transformer, device
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler = make_scheduler(pipe.scheduler, cfg.solver)
         self.scheduler_step, pipe.scheduler.step = pipe.scheduler.step, self.hear_scheduler
-        self.transformer.register_forward_hook(self.hear_network, with_kwargs=True)
         self.names = list(inspect.signature(self.transformer.forward).parameters)
         self.time = next((name for name in self.names if name.startswith("timestep")), None)
         if not {"hidden_states", self.time} <= {*self.names}:
@@ -338,9 +337,8 @@ class Policy:
         return dict(guidance_scale=scale) if "guidance_scale" in accepted else {}
 
     def hear_network(self, module, args, kwargs, output):
-        if self.listening:                                         # told: the last call's arguments, by name
-            self.told, self.output = {**dict(zip(self.names, args)), **kwargs}, output[0]
-            self.first = self.first or self.told
+        self.told, self.output = {**dict(zip(self.names, args)), **kwargs}, output[0]  # the last call's
+        self.first = self.first or self.told
 
     def hear_scheduler(self, model_output, *args, **kwargs):
         result = self.scheduler_step(model_output, *args, **kwargs)
@@ -352,10 +350,10 @@ class Policy:
     def generate(self, prompts, generators, **options):
         """One call of the pipeline, every image with noise of its own.
         -> images [B, 3, H, W] uint8 on the CPU; .latents [B, ...], .first and .times are heard"""
-        self.listening, self.first, self.times = True, None, []
-        images = self.pipe(prompt=prompts, num_images_per_prompt=len(generators) // len(prompts),
-                           generator=generators, **{**self.options, **options})[0]
-        self.listening = False
+        self.first, self.times = None, []
+        with self.transformer.register_forward_hook(self.hear_network, with_kwargs=True):
+            images = self.pipe(prompt=prompts, num_images_per_prompt=len(generators) // len(prompts),
+                               generator=generators, **{**self.options, **options})[0]
         return (images.float() * 255).round().to(torch.uint8).cpu()
 
     def learn(self):
