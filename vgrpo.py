@@ -96,9 +96,9 @@ MODELS = {
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
 }
 # Overrides of Config. The README says of each value whether it is the paper's, a peer's or ours.
-SD35 = dict(resolution=512, dtype="bf16", checkpointing=True, micro_batch=6)
-PREFERENCE = dict(SD35, reward="hpsv2,pickscore,clipscore", prompts="hpdv2")
-SKILL = dict(SD35, updates=2, n_mc=10, soft_clip=0.0)
+LARGE = dict(resolution=512, dtype="bf16", checkpointing=True, micro_batch=6)
+PREFERENCE = dict(LARGE, reward="hpsv2,pickscore,clipscore", prompts="hpdv2")
+SKILL = dict(LARGE, updates=2, n_mc=10, soft_clip=0.0)
 GENEVAL = dict(SKILL, reward="geneval", prompts="geneval", iterations=100, clip=3e-2)
 RECIPES = {
     "tiny": dict(iterations=100, prompts_per_iteration=12, group_size=12, steps=6, n_mc=2, share="matched",
@@ -108,10 +108,9 @@ RECIPES = {
     "sd3.5-s3": PREFERENCE,
     "sd3.5-s4": dict(GENEVAL, iterations=25),
     "sd3.5-s5": dict(SKILL, reward="ocr", prompts="ocr", iterations=15, kl=0.3),
-    "flux": dict(reward="hpsv2,pickscore,imagereward", prompts="hpdv2", iterations=300, updates=4, steps=16,
+    "flux": dict(PREFERENCE, reward="hpsv2,pickscore,imagereward", iterations=300, updates=4, steps=16,
                  prompts_per_iteration=32, group_size=12, guidance=3.5, resolution=720, clip=1e-2, lr=1e-5,
-                 soft_clip=3.0, lora_rank=0, ema=0.0, dtype="bf16", checkpointing=True, micro_batch=3,
-                 shard=True),
+                 lora_rank=0, ema=0.0, micro_batch=3, shard=True),
 }
 CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none", "matched"),
                weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"), recipe=tuple(RECIPES),
