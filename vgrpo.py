@@ -173,8 +173,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-import rewards
-from rewards import RunError, UsageError
+from rewards import Rewards, RunError, UsageError, geneval_prompts, ocr_prompts
 
 # -------------------------------------------------------------------------------------------------- the paper
 
@@ -549,12 +548,8 @@ def load_weights(path, weights, cfg, flag):
 
 def load_prompts(cfg):
     """-> items to train on, items to evaluate on; an item is a dict of "prompt" and its metadata."""
-    if cfg.prompts == "shapes":
-        items = read_prompts(MODELS["tiny"] + "/prompts.txt")
-    elif cfg.prompts in ("geneval", "ocr"):
-        items = getattr(rewards, cfg.prompts + "_prompts")(4000, seed=0)
-    else:
-        items = read_prompts(cfg.prompts)
+    make = {"geneval": geneval_prompts, "ocr": ocr_prompts}.get(cfg.prompts)
+    items = make(4000, seed=0) if make else read_prompts(cfg.prompts)
     held_out = min(len(items) // 10, 48)
     if held_out < 8:                                               # too few to set some apart: noise is
         return items, items[:48]
@@ -570,7 +565,8 @@ def read_prompts(name):
                      for style in ("anime", "concept-art", "paintings", "photo")]
             prompts = [prompt for file in files for prompt in json.loads(Path(file).read_text())]
             return [{"prompt": prompt} for prompt in dict.fromkeys(prompts)]
-        lines = Path(name).read_text(encoding="utf-8-sig").split("\n")
+        path = Path(MODELS["tiny"], "prompts.txt") if name == "shapes" else Path(name)
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UsageError(f"--prompts {name}: cannot be read ({str(error).splitlines()[0]}); give a FILE.txt "
                          "or FILE.jsonl in UTF-8, or shapes, geneval, ocr, hpdv2 (from the hub)") from error
@@ -803,8 +799,8 @@ def train(cfg):
     rank, ranks, device = start_ranks()
     indices = layout(cfg.prompts_per_iteration, cfg.updates, rank, ranks)
     train_items, eval_items = load_prompts(cfg)
-    scorer = rewards.Rewards(cfg.reward, device, cfg.offload)
-    eval_scorer = rewards.Rewards(cfg.eval_reward or cfg.reward, device, cfg.offload, share=scorer)
+    scorer = Rewards(cfg.reward, device, cfg.offload)
+    eval_scorer = Rewards(cfg.eval_reward or cfg.reward, device, cfg.offload, share=scorer)
     for judge, items in ((scorer, train_items), (eval_scorer, eval_items)):
         judge.check([item["prompt"] for item in items], items)
     policy, trainable = load_policy(cfg, device)
