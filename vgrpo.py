@@ -618,10 +618,9 @@ def score(scorer, groups, P, device):
     """-> rewards [K, P, G] fp64 of the groups of all ranks; NaN where an image could not be scored"""
     items = [group.item for group in groups for _ in group.images]
     pixels = torch.cat([group.images for group in groups]) / 255
-    scores = scorer(pixels, [item["prompt"] for item in items], items)
+    scores = torch.stack([*scorer(pixels, [item["prompt"] for item in items], items).values()]).double()
     table = torch.zeros(len(scores), P, len(items) // len(groups), dtype=torch.float64)
-    for row, name in zip(table, scorer.weights):
-        row[[group.index for group in groups]] = scores[name].double().view(len(groups), -1)
+    table[:, [group.index for group in groups]] = scores.view(len(scores), len(groups), -1)
     table = sum_over_ranks(table, device)
     if table.isnan().flatten(1).all(1).any():
         raise RunError(f"--reward: one of {', '.join(scorer.weights)} could not score any image")
