@@ -166,7 +166,6 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):        # help ne
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -493,8 +492,8 @@ def add_lora(transformer, cfg, device):
         raise UsageError(f"--lora-rank: {type(transformer).__name__} has no attention known; use 0")
 
     def adapt(linear, args, output):
-        down = F.linear(args[0].to(linear.lora_A.dtype), linear.lora_A)
-        return output + (cfg.lora_alpha / cfg.lora_rank * F.linear(down, linear.lora_B)).to(output.dtype)
+        BAx = args[0].to(linear.lora_A.dtype) @ linear.lora_A.T @ linear.lora_B.T
+        return output + (cfg.lora_alpha / cfg.lora_rank * BAx).to(output.dtype)
 
     for name, linear in targets.items():
         A = torch.randn(cfg.lora_rank, linear.in_features, generator=generator(cfg.seed, "lora", name))
