@@ -22,7 +22,6 @@ Where this file departs from the paper:
  5. Eq. 14's square, as in the paper's code, and Eq. 16's KL are means over d, not sums: they scale e, beta.
 """
 import argparse
-import functools
 import hashlib
 import inspect
 import itertools
@@ -405,7 +404,6 @@ def make_scheduler(scheduler, solver):
     scheduler.register_to_config(**{**config, **scheduler.config})         # pipelines read mu's bounds
     reset = scheduler.set_timesteps
 
-    @functools.wraps(euler.set_timesteps)
     def set_timesteps(n=None, device=None, sigmas=None, **kwargs):
         sigmas = [1 - i / n for i in range(n)] if sigmas is None else sigmas
         euler.set_timesteps(sigmas=sigmas, device=device, **kwargs)
