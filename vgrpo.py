@@ -514,8 +514,7 @@ def save_weights(folder, weights, transformer, cfg):
                   {"format": "pt", "lora_adapter_metadata": json.dumps(adapter)})
     else:
         transformer.save_config(folder / "transformer")
-        buffers = {name: value for name, value in transformer.state_dict().items() if name not in weights}
-        save_file({**buffers, **weights},
+        save_file({**transformer.state_dict(), **weights},         # the state for its buffers
                   folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 @torch.no_grad()
