@@ -375,10 +375,8 @@ class Policy:
     def conditions(self):
         """What the network was told, with one row of what it was told per image: a group shares its prompt.
         A guided pipeline ends its doubled batch, or begins its two calls, with the prompted half."""
-        given = {name: value for name, value in self.first.items() if name != "hidden_states"}
-        for name in self.axis.keys() & given.keys():
-            given[name] = given[name].narrow(self.axis[name], -1, 1).clone()
-        return given
+        return {name: value.narrow(self.axis[name], -1, 1).clone() if name in self.axis else value
+                for name, value in self.first.items() if name != "hidden_states"}
 
     def velocity(self, z, t, conditions):
         """v_theta(z_t, t, c) in fp32.  z [B, ...], t [B] of the grid; conditions of one row -> [B, ...]"""
