@@ -481,9 +481,8 @@ LORA_TARGETS = {"SD3Transformer2DModel": ATTENTION,
 def add_lora(transformer, cfg, device):
     """Linear layers become y + (alpha / r) B A x, fp32, B = 0: the peers' targets, so not SD3.5's attn2."""
     known = LORA_TARGETS.get(type(transformer).__name__, r"att(n\d?|ention)\.\w+(\.0)?")         # else all
-    pattern = re.compile(rf"(.*\.)?({known})")
     targets = {name: module for name, module in transformer.named_modules()
-               if isinstance(module, nn.Linear) and pattern.fullmatch(name)}
+               if isinstance(module, nn.Linear) and re.fullmatch(rf"(.*\.)?({known})", name)}
     if not targets:
         raise UsageError(f"--lora-rank: {type(transformer).__name__} has no attention known; use 0")
 
