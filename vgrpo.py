@@ -400,12 +400,11 @@ def make_scheduler(scheduler, solver):
     flow = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
     scheduler = DPMSolverMultistepScheduler(**flow, use_dynamic_shifting=euler.config.use_dynamic_shifting)
     scheduler.register_to_config(**{**config, **scheduler.config})         # pipelines read mu's bounds
-    reset = scheduler.set_timesteps
 
     def set_timesteps(n=None, device=None, sigmas=None, **kwargs):
         sigmas = [1 - i / n for i in range(n)] if sigmas is None else sigmas
         euler.set_timesteps(sigmas=sigmas, device=device, **kwargs)
-        reset(len(sigmas), device)
+        DPMSolverMultistepScheduler.set_timesteps(scheduler, len(sigmas), device)
         scheduler.sigmas, scheduler.timesteps = euler.sigmas.cpu(), euler.timesteps
 
     scheduler.set_timesteps = set_timesteps
