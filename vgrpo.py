@@ -678,18 +678,17 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
 # ------------------------------------------------------------------------------------ logging and checkpoints
 
 def start_log(out, cfg, iteration):
-    """Write config.json and cut metrics.jsonl to `iteration`. -> log(dict)"""
+    """Write config.json and cut metrics.jsonl to `iteration`, each by a rename. -> log(dict)"""
     (out / "samples").mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
-    partial = out / "config.partial"
-    partial.write_text(json.dumps(dict(flags=asdict(cfg), versions=versions, commit=commit), indent=2))
-    partial.rename(out / "config.json")
+    config = json.dumps(dict(flags=asdict(cfg), versions=versions, commit=commit), indent=2)
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() and iteration else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-    with open(path, "ab") as file:
-        file.truncate(len("".join(kept).encode()))
+    for name, text in (("config.json", config), ("metrics.jsonl", "".join(kept))):
+        (out / "partial").write_text(text)
+        (out / "partial").rename(out / name)
     if find_spec("wandb") and os.environ.get("WANDB_PROJECT"):     # it asks for a login: only where wanted
         import wandb
         wandb.init(dir=out, id=out.name, resume="allow", config=asdict(cfg), sync_tensorboard=True)
