@@ -644,15 +644,14 @@ def estimate(policy, group, rows, advantages, cfg, iteration):
 def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
     """A gradient step on each batch of whole groups. -> tables [P, G] of all images, mean gradient norm"""
     parts, size = chunks(cfg.group_size, cfg), len(groups) // cfg.updates
-    batches = [groups[first:first + size] for first in range(0, len(groups), size)]
     stats = torch.zeros(4, *advantages.shape, dtype=torch.float64)
     old, norms = {}, []
     with torch.no_grad():                                          # theta_old: before the first step
         for group, rows in itertools.product(groups[size:], parts):
             L, x = estimate(policy, group, rows, advantages, cfg, iteration)
             old[group.index, rows.start] = L, x if cfg.kl else None
-    for batch in batches:
-        for group, rows in itertools.product(batch, parts):
+    for first in range(0, len(groups), size):
+        for group, rows in itertools.product(groups[first:first + size], parts):
             L, x = estimate(policy, group, rows, advantages, cfg, iteration)
             # In the first batch theta is theta_old: sg(L) is exact, the KL is 0 and so is its gradient.
             L_old, x_old = old.get((group.index, rows.start), (L.detach(), None))
