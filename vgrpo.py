@@ -241,15 +241,13 @@ def soft_clip(advantages, eta):
     return eta * torch.tanh(advantages / eta) if eta else advantages
 
 def vgrpo_loss(surrogate, surrogate_old, advantages, clip=0.0, kl=0.0, x=None, x_old=None):
-    """The clipped objective, to be minimised: -min(rho A, clip(rho, 1-e, 1+e) A) + beta KL, per image.
+    """The clipped objective, to be minimised: -min(rho A, clip(rho, 1-e, 1+e) A) + beta KL (Eq. 16).
     surrogate, surrogate_old, advantages [B], x, x_old [B, M, ...] where KL is on -> loss, rho, KL [B] each
     """
     ratio = torch.exp(surrogate_old - surrogate)                   # the mean over pairs came before the exp
     bounded = ratio.clamp(1 - clip, 1 + clip) if clip else ratio
     objective = torch.minimum(ratio * advantages, bounded * advantages)
-    divergence = torch.zeros_like(ratio)
-    if x_old is not None:
-        divergence = (x - x_old).square().flatten(1).mean(-1)      # Eq. 16
+    divergence = torch.zeros_like(ratio) if x_old is None else (x - x_old).square().flatten(1).mean(-1)
     return kl * divergence - objective, ratio, divergence
 
 # ----------------------------------------------------------------------------------- ranks and random numbers
