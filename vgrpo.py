@@ -160,7 +160,7 @@ def parse_config(argv=None):
     return cfg
 
 os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"} | dict(os.environ))
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):        # help need not wait for torch
+if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]):    # help need not wait for torch
     parse_config()
 
 import torch
