@@ -691,13 +691,20 @@ def test_a_prompt_is_encoded_once(monkeypatch):
 
 
 def test_offloaded_text_encoders_come_for_a_new_prompt_only():
+    """They come as a copy, which goes when it has done its work: what stayed at home is as it was."""
     _, policy, _ = load("--steps", "2", "--offload")
-    moves = []
-    for encoder in (policy.pipe.text_encoder, policy.pipe.text_encoder_2):
-        encoder.to = moves.append
+    encoders, moves = (policy.pipe.text_encoder, policy.pipe.text_encoder_2), []
+    home = [(p, p.data_ptr()) for encoder in encoders for p in encoder.parameters()]
+    for encoder in encoders:
+        def come(device, encoder=encoder):
+            moves.append(device)
+            for p in encoder.parameters():
+                p.data = p.data.clone()
+        encoder.to = come
     for prompt in ("a blue bar on the right", "a blue bar on the right", "a red bar on the left"):
         policy.generate([prompt], [gen(0)])
-    assert list(map(str, moves)) == ["cpu"] * 8
+    assert list(map(str, moves)) == ["cpu"] * 4
+    assert all(p.data_ptr() == place for p, place in home)
 
 
 def test_compile_compiles_each_block(monkeypatch):

@@ -19,7 +19,10 @@ Where this file departs from the paper:
  3. A floor of 1e-5 in the weight's denominator, 1e-6 added to the std; equal or missing rewards: A = 0.
  4. An iteration's first step is at theta_old itself, where L_hat(theta_old) is sg(L_hat(theta)) exactly: its
     theta_old pass is dropped. With --updates U each step takes its own P/U whole groups.
- 5. Eq. 14's square, as in the paper's code, and Eq. 16's KL are means over d, not sums: they scale e, beta.
+ 5. Eq. 14's square is a mean over d, not a sum, as in the paper's code. So is Eq. 16's KL, by our choice: if
+    the paper sums, its beta is d times stronger.
+ 6. The pairs' t are of the sampler's own grid, so --solver and --steps change the estimator too (dpm++ with
+    40 steps and SD3.5's shift: no t below .07). Guidance in two passes is sampled with, not trained.
 """
 import argparse
 import hashlib
@@ -109,7 +112,7 @@ RECIPES = {
     "sd3.5-s5": dict(SKILL, reward="ocr", prompts="ocr", iterations=15, kl=0.3),
     "flux": dict(PREFERENCE, reward="hpsv2,pickscore,imagereward", iterations=300, updates=4, steps=16,
                  prompts_per_iteration=32, group_size=12, guidance=3.5, resolution=720, clip=1e-2, lr=1e-5,
-                 lora_rank=0, ema=0.0, micro_batch=3, shard=True),
+                 lora_rank=0, ema=0.0, micro_batch=3, shard=True, offload=True),
 }
 CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none", "matched"),
                weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"), recipe=tuple(RECIPES),
@@ -166,7 +169,7 @@ if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]):    # help ne
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
@@ -201,7 +204,8 @@ def draw_pairs(gen, sigmas, advantages, M, shape, share="both", stratified=True,
     return t, eps[noises]
 
 def surrogate(v, o, t, eps, weight="adaptive"):
-    """L_hat = 1/M sum_j l(t_j, eps_j), the negative ELBO of o (Eq. 14 with weight "adaptive").
+    """L_hat = 1/M sum_j l(t_j, eps_j), which stands for the negative ELBO of o (Eq. 14 with "adaptive").
+    The network always predicts v; a weight says whose error counts: v's is x's / t, eps's is x's (1 - t) / t.
     v [B, M, ...] is the network's velocity at z_t, o [B, ...], t [B, M], eps [B, M, ...], all fp32
     -> L_hat [B], x_theta [B, M, ...]
     """
@@ -264,7 +268,8 @@ def start_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True               # of what is left in fp32
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
 
 def layout(P, updates, rank, ranks):
@@ -436,7 +441,7 @@ def load_policy(cfg, device):
     if cfg.lora_rank:
         add_lora(transformer, cfg, device)
     else:
-        transformer.float().requires_grad_(True)
+        transformer.requires_grad_(True)
     if dtype != torch.float32:                                     # autocast around the network only
         transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
     if cfg.checkpointing:
@@ -446,6 +451,8 @@ def load_policy(cfg, device):
         block.compile(recompile_limit=64)              # kinds of block, shapes, with and without gradient
     if sharded:
         shard(transformer, blocks, dtype)
+    if not cfg.lora_rank:
+        transformer.float()                                        # a rank holds fp32 of its own part only
     remember_prompts(pipe, encoders, device)
     no_t5 = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # it has no T5: no zeros for it
     trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
@@ -454,6 +461,7 @@ def load_policy(cfg, device):
 def remember_prompts(pipe, offloaded, device):
     """The chunks of a group share a result of pipe.encode_prompt. Offloaded encoders come for their work."""
     encode, known = pipe.encode_prompt, {}
+    home = [(p, p.data) for encoder in offloaded for p in encoder.parameters()]
 
     def encode_prompt(*args, **kwargs):
         key = repr((args, sorted(kwargs.items())))
@@ -463,8 +471,8 @@ def remember_prompts(pipe, offloaded, device):
             for encoder in offloaded:
                 encoder.to(device)
             known[key] = encode(*args, **kwargs)
-            for encoder in offloaded:
-                encoder.to("cpu")
+            for p, data in home:                                   # they are frozen: nothing to copy back
+                p.data = data
         return known[key]
 
     pipe.encode_prompt = encode_prompt
@@ -484,7 +492,7 @@ def add_lora(transformer, cfg, device):
         raise UsageError(f"--lora-rank: {type(transformer).__name__} has no attention known; use 0")
 
     def adapt(linear, args, output):
-        BAx = args[0].to(linear.lora_A.dtype) @ linear.lora_A.T @ linear.lora_B.T
+        BAx = args[0] @ linear.lora_A.T @ linear.lora_B.T
         return output + (cfg.lora_alpha / cfg.lora_rank * BAx).to(output.dtype)
 
     for name, linear in targets.items():
@@ -518,14 +526,16 @@ def load_weights(path, weights, cfg, flag):
         path /= ("pytorch_lora_weights.safetensors" if cfg.lora_rank
                  else "transformer/diffusion_pytorch_model.safetensors")
     try:
-        stored, metadata = load_file(path), safe_open(path, "pt").metadata() or {}
+        stored = safe_open(path, "pt")                             # a tensor is read when it is asked for
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{flag} {path}: cannot be read ({error})") from error
+    names, metadata = set(stored.keys()), stored.metadata() or {}
     adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     alpha = adapter.get("transformer.lora_alpha", cfg.lora_rank)
     for name, value in weights.items():
-        found = stored.get(f"transformer.{name}.weight" if cfg.lora_rank else name)
-        if found is None or found.shape != value.shape:
+        key = f"transformer.{name}.weight" if cfg.lora_rank else name
+        found = stored.get_tensor(key) if key in names else torch.empty(0)
+        if found.shape != value.shape:
             raise UsageError(f"{flag} {path}: has no {name} of shape {list(value.shape)}; it is of another "
                              "--model or --lora-rank")
         if name.endswith("lora_B"):
@@ -739,10 +749,11 @@ def restore(trainable, folder, done, cfg):
     from diffusers.training_utils import EMAModel
     if cfg.lora and not folder:
         load_weights(Path(cfg.lora), trainable, cfg, "--lora")
-    ema = EMAModel(trainable.values(), decay=cfg.ema)              # min(ema, (1 + s) / (10 + s)) after s > 0
+    averaged = trainable if cfg.ema else {}
+    ema = EMAModel(averaged.values(), decay=cfg.ema)               # min(ema, (1 + s) / (10 + s)) after s > 0
     ema.optimization_step = done * cfg.updates
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    shadow = {"ema": dict(zip(trainable, ema.shadow_params))} if cfg.ema else {}
+    shadow = {"ema": dict(zip(averaged, ema.shadow_params))} if cfg.ema else {}
     state = {"": trainable, **shadow, "exp_avg": {}, "exp_avg_sq": {}}
     for name, p in trainable.items():
         optimizer.state[p]["step"] = torch.tensor(float(ema.optimization_step))
@@ -830,26 +841,29 @@ def train(cfg):
         if iteration % cfg.save_every == 0 or last or stop:
             save_checkpoint(out, iteration, state, policy.transformer, cfg)
         if stop:
-            sys.exit(128 + (caught or [signal.SIGTERM])[0])
+            return 128 + (caught or [signal.SIGTERM])[0]
     if MAIN:
         print(f"done: {out}")
 
 def main(argv=None):
     known = (UsageError, RunError, OSError, SafetensorError, torch.OutOfMemoryError)
     try:
-        train(parse_config(argv))
+        code = train(parse_config(argv))
     except Exception as error:
         lost = dist.is_initialized() and re.search("gloo|nccl", str(error), re.I)
         if not lost and not isinstance(error, known):
             raise                                                  # a fault of this file: its whole traceback
         if lost:
-            error = f"rank {dist.get_rank()} lost another rank, whose message tells why; go on with --resume"
+            error = (f"rank {dist.get_rank()} lost another rank, whose message tells why; go on with --resume "
+                     f"({' '.join(str(error).split())[:300]})")
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UsageError):
             print(f"\nvgrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     if dist.is_initialized():
         dist.barrier()                                             # leave together: gloo may abort one alone
         dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 if __name__ == "__main__":
     main()
