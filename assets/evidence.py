@@ -150,7 +150,8 @@ def report():
     for run in data["runs"]:
         curves.setdefault(run["name"], []).append(run)
     text += ["", "| run, seeds | cost per image and iteration | evaluation after 20, 60, 100 iterations "
-             "| lowest, highest at the end | strict | cost to reach .90, .95, .99, paper = 1 |", "|---|---|---|---|---|---|"]
+             "| lowest, highest at the end | strict | cost to reach .90, .95, .99, paper = 1 |",
+             "|---|---|---|---|---|---|"]
 
     def costs(runs):
         """Network evaluations per image until the mean evaluation reaches each level, in between linearly."""
@@ -201,7 +202,7 @@ def report():
     for run in curves["tiny recipe"]:
         iterations, values, _ = zip(*run["evals"])
         axes[2].plot(iterations, values, label=f"seed {run['seed']}")
-    axes[2].set(xlabel="iteration", title="evaluation: share of colour, shape, side that is right", ylim=(.5, 1))
+    axes[2].set(xlabel="iteration", ylim=(.5, 1), title="evaluation: share of colour, shape, side right")
     axes[2].grid(alpha=.3)
     axes[2].legend()
     figure.tight_layout()
