@@ -442,8 +442,6 @@ def load_policy(cfg, device):
         add_lora(transformer, cfg, device)
     else:
         transformer.requires_grad_(True)
-    if dtype != torch.float32:                                     # autocast around the network only
-        transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
     if cfg.checkpointing:
         transformer.enable_gradient_checkpointing()
     blocks = [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
@@ -453,6 +451,8 @@ def load_policy(cfg, device):
         shard(transformer, blocks, dtype)
     if not cfg.lora_rank:
         transformer.float()                                        # a rank holds fp32 of its own part only
+        if dtype != torch.float32:                                 # autocast around the network only
+            transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
     remember_prompts(pipe, encoders, device)
     no_t5 = {"max_sequence_length": 0} if cfg.model == "tiny" else {}       # it has no T5: no zeros for it
     trainable = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
@@ -484,7 +484,8 @@ LORA_TARGETS = {"SD3Transformer2DModel": ATTENTION,
                 "FluxTransformer2DModel": ATTENTION + r"|ff(_context)?\.net\.(0\.proj|2)"}
 
 def add_lora(transformer, cfg, device):
-    """Linear layers become y + (alpha / r) B A x, fp32, B = 0: the peers' targets, so not SD3.5's attn2."""
+    """Linear layers become y + (alpha / r) B A x: the peers' targets, so not SD3.5's attn2. A and B = 0 are
+    kept in fp32 and rounded to the layer's dtype for its product, so the network computes as diffusers does."""
     known = LORA_TARGETS.get(type(transformer).__name__, r"att(n\d?|ention)\.\w+(\.0)?")         # else all
     targets = {name: module for name, module in transformer.named_modules()
                if isinstance(module, nn.Linear) and re.fullmatch(rf"(.*\.)?({known})", name)}
@@ -492,8 +493,8 @@ def add_lora(transformer, cfg, device):
         raise UsageError(f"--lora-rank: {type(transformer).__name__} has no attention known; use 0")
 
     def adapt(linear, args, output):
-        BAx = args[0] @ linear.lora_A.T @ linear.lora_B.T
-        return output + (cfg.lora_alpha / cfg.lora_rank * BAx).to(output.dtype)
+        A, B = linear.lora_A.to(output.dtype), linear.lora_B.to(output.dtype)
+        return output + cfg.lora_alpha / cfg.lora_rank * (args[0] @ A.T @ B.T)
 
     for name, linear in targets.items():
         A = torch.randn(cfg.lora_rank, linear.in_features, generator=generator(cfg.seed, "lora", name))
