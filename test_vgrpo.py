@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
 
 os.environ["HF_HUB_OFFLINE"] = "1"                # read when the hub's library is imported
 
@@ -874,6 +876,82 @@ def test_guided_and_bf16_runs_step(tmp_path):
     lines = run(tmp_path / "b", "--dtype", "bf16", "--checkpointing", "--lora-rank", "2", "--iterations",
                 "1")
     assert math.isfinite(lines[1]["grad_norm"]) and lines[1]["grad_norm"] > 0
+
+
+# ---- a device that is not the CPU
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on a pretended device: a CPU's numbers, which refuse to be mixed with the CPU's own."""
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
+                                                   dtype=inner.dtype, device="elsewhere:0")
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return on_its_device(func, args, kwargs or {})
+
+
+class Devices(TorchDispatchMode):
+    """Tensors can be made on that device, and moved there and back."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return on_its_device(func, args, kwargs or {})
+
+
+def on_its_device(func, args, kwargs):
+    """Tensors of two devices meet only where a GPU lets them: in copies, as single numbers, as indices."""
+    def there(x):
+        return isinstance(x, Elsewhere)
+    name, device = func.__name__.split(".")[0], kwargs.get("device")
+    tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
+    away = any(map(there, tensors))
+    guests = [x for x in tensors if away and x.ndim and not there(x)]
+    if name.startswith("index"):
+        guests = [x for x in guests if x is args[0]]
+    assert not guests or name in ("copy_", "_to_copy"), f"{name}: tensors of two devices"
+    args, kwargs = tree_map(lambda x: x.inner if there(x) else x, (args, kwargs)) if away else (args, kwargs)
+    if device is not None:
+        away = torch.device(device).type == "elsewhere"
+        kwargs = {**kwargs, "device": "cpu" if away else device}
+    out = func(*args, **kwargs)
+    return tree_map(lambda x: Elsewhere(x) if away and isinstance(x, torch.Tensor) else x, out)
+
+
+def two_iterations(device):
+    cfg = vgrpo.parse_config("--prompts-per-iteration 4 --group-size 4 --steps 3 --updates 2 --micro-batch 2 "
+                             "--lora-rank 4 --guidance 3 --kl 0.1 --clip 0.01 --offload".split())
+    policy, trainable = vgrpo.load_policy(cfg, torch.device(device))
+    scorer = rewards.Rewards("shapes", device)
+    optimizer, ema, _ = vgrpo.restore(trainable, None, 0, cfg)
+    items = dict(enumerate(vgrpo.load_prompts(cfg)[0][:4]))
+    args = policy, [*trainable.values()], optimizer, ema, scorer, items, cfg
+    lines = [vgrpo.improve(*args, iteration) for iteration in (1, 2)]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def go_elsewhere():
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    _setup_privateuseone_for_python_backend("elsewhere")
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with Devices():
+        print(json.dumps(two_iterations("elsewhere:0")))
+
+
+def test_a_run_on_another_device_mixes_no_tensors_and_gives_the_cpus_numbers():
+    """What a GPU would refuse is refused here too. In a process of its own, which is given a new device."""
+    code = "import test_vgrpo; test_vgrpo.go_elsewhere()"
+    process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    lines = two_iterations("cpu")
+    assert lines[1]["ratio_max"] != 1 and lines[1]["kl"] > 0
+    close(json.loads(process.stdout.splitlines()[-1]), lines, 1e-4)
 
 
 # ---- runs
