@@ -607,6 +607,35 @@ def test_every_family_exports_a_lora_that_diffusers_loads(monkeypatch, tmp_path,
     assert (fresh.latents - policy.latents).abs().max() < 1e-5 < 1e-3 < (policy.latents - before).abs().max()
 
 
+@pytest.mark.parametrize("rank, autocast", [("0", True), ("2", False)])
+def test_half_precision_computes_as_diffusers_does_unless_all_weights_train(rank, autocast):
+    """A LoRA's frozen layers run as they are; weights in fp32 are rounded by autocast."""
+    _, policy, trainable = load("--lora-rank", rank, "--dtype", "bf16", "--steps", "2")
+    told = []
+    policy.transformer.transformer_blocks[0].register_forward_hook(
+        lambda *_: told.append(torch.is_autocast_enabled("cpu")))
+    policy.generate(["a red bar on the left"], [gen(0)])
+    assert told == [autocast] * 2 and {p.dtype for p in trainable.values()} == {torch.float32}
+    frozen = {p.dtype for p in policy.transformer.parameters() if not p.requires_grad}
+    assert frozen == ({torch.bfloat16} if rank == "2" else set())
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_a_sharded_network_trains_in_fp32_and_is_saved_under_its_own_name(tmp_path, rank):
+    from torch.distributed.tensor import DTensor
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        cfg, policy, trainable = load("--lora-rank", rank, "--dtype", "bf16", "--shard")
+        assert all(p.dtype == torch.float32 and isinstance(p, DTensor) == (rank == "0")
+                   for p in trainable.values())
+        vgrpo.save_weights(tmp_path, trainable, policy.transformer, cfg)
+    finally:
+        torch.distributed.destroy_process_group()
+    if rank == "0":
+        config = json.loads((tmp_path / "transformer/config.json").read_text())
+        assert config["_class_name"] == "SD3Transformer2DModel"
+
+
 def test_a_folder_of_another_family_is_loaded_and_trained(tmp_path):
     """Lumina2 with its Gemma2, saved and given as --model."""
     from diffusers import Lumina2Pipeline
@@ -1231,6 +1260,7 @@ def test_later_steps_follow_the_clipped_objective_and_the_kl():
     bounded = torch.minimum(rho * A, rho.clamp(1 - 1e-4, 1 + 1e-4) * A)
     assert (bounded != rho * A).any()
     assert torch.allclose(stats["loss"], .3 * stats["kl"] - bounded, atol=1e-6)
+    assert {(rho[1:] > 1.0001).any().item(), (rho[1:] < .9999).any().item()} == {True}  # either bound is met
 
 
 def test_a_gradient_step_is_a_mean_over_the_images_of_its_own_groups():

@@ -301,6 +301,7 @@ def shard(transformer, blocks, dtype):
     for module in (*blocks, transformer):
         # resharded always: by default the root keeps what it gathered, and would not see the EMA's weights
         fully_shard(module, reshard_after_forward=True, mp_policy=policy, ignored_params=lora)
+    type(transformer).__name__ = type(transformer).__name__.removeprefix("FSDP")       # config.json names it
 
 def whole(tensor):
     """A sharded tensor, gathered: every rank must ask for it. Any other tensor as it is."""
@@ -485,7 +486,7 @@ LORA_TARGETS = {"SD3Transformer2DModel": ATTENTION,
 
 def add_lora(transformer, cfg, device):
     """Linear layers become y + (alpha / r) B A x: the peers' targets, so not SD3.5's attn2. A and B = 0 are
-    kept in fp32 and rounded to the layer's dtype for its product, so the network computes as diffusers does."""
+    fp32, and rounded to the layer's dtype for the product: the network computes as diffusers' does."""
     known = LORA_TARGETS.get(type(transformer).__name__, r"att(n\d?|ention)\.\w+(\.0)?")         # else all
     targets = {name: module for name, module in transformer.named_modules()
                if isinstance(module, nn.Linear) and re.fullmatch(rf"(.*\.)?({known})", name)}
@@ -818,10 +819,11 @@ def train(cfg):
         signal.signal(number, lambda number, frame: caught.append(number))
 
     def look(iteration):
-        ema.store(params)
-        ema.copy_to(params)
+        averaged = params if cfg.ema else []
+        ema.store(averaged)
+        ema.copy_to(averaged)
         metrics, groups, table = evaluate(policy, eval_scorer, eval_items, cfg, rank, ranks)
-        ema.restore(params)
+        ema.restore(averaged)
         log({"iteration": iteration, **metrics})
         if MAIN:
             save_grid(out / "samples" / f"{iteration:06d}.png", groups, table)
@@ -850,19 +852,19 @@ def main(argv=None):
     known = (UsageError, RunError, OSError, SafetensorError, torch.OutOfMemoryError)
     try:
         code = train(parse_config(argv))
+        if dist.is_initialized():
+            dist.barrier()                                         # leave together: gloo may abort one alone
+            dist.destroy_process_group()
     except Exception as error:
         lost = dist.is_initialized() and re.search("gloo|nccl", str(error), re.I)
         if not lost and not isinstance(error, known):
             raise                                                  # a fault of this file: its whole traceback
         if lost:
-            error = (f"rank {dist.get_rank()} lost another rank, whose message tells why; go on with --resume "
-                     f"({' '.join(str(error).split())[:300]})")
+            error = (f"rank {dist.get_rank()} lost another rank, whose message tells why; go on with "
+                     f"--resume ({' '.join(str(error).split())[:300]})")
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UsageError):
             print(f"\nvgrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    if dist.is_initialized():
-        dist.barrier()                                             # leave together: gloo may abort one alone
-        dist.destroy_process_group()
     if code:
         sys.exit(code)
 

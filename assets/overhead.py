@@ -49,6 +49,8 @@ def measure(repeats, *flags):
     def loop():
         forward, decode, pixels = transformer.forward, vae.decode, torch.zeros(cfg.group_size, 3, 32, 32)
         transformer.forward, vae.decode = at_once, lambda z, **kwargs: (pixels,)
+        for p in params:                                   # the optimiser has all of them to step
+            p.grad = torch.zeros_like(p)
         iteration()
         transformer.forward, vae.decode = forward, decode
 
