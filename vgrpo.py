@@ -213,8 +213,8 @@ def surrogate(v, o, t, eps, weight="adaptive"):
     z = add_noise(o, t, eps)
     s = t.reshape(*t.shape, *[1] * (eps.ndim - 2))
     x = z - s * v                                                  # x_theta; s is t [B, M, 1, ...]
-    errors = {"v": v - (eps - o), "eps": z + (1 - s) * v - eps}    # eps_theta = z_t + (1 - t) v_theta
-    error = errors.get(weight, x - o).flatten(2)
+    scale = {"v": 1 / s, "eps": (1 - s) / s}.get(weight, 1)        # of x's error, up to its sign
+    error = ((x - o) * scale).flatten(2)
     loss = error.square().mean(-1)                                 # [B, M], a mean over the d numbers
     if weight == "adaptive":
         loss = loss / error.detach().abs().mean(-1).clamp(min=1e-5)         # detach: the paper's sg
