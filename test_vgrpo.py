@@ -77,7 +77,9 @@ def close(a, b, relative):
     for one, other in zip(a, b):
         assert one.keys() == other.keys()
         for key in one:
-            assert one[key] == pytest.approx(other[key], rel=relative, abs=1e-6), (one["iteration"], key)
+            of_rewards = key.startswith(("reward", "eval"))
+            within = dict(rel=min(relative, 1e-5) if of_rewards else relative, abs=1e-6)
+            assert one[key] == pytest.approx(other[key], **within), (one["iteration"], key)
 
 
 # ---- the paper's equations
@@ -144,7 +146,7 @@ def test_surrogate_against_a_plain_loop(weight):
     B, M, shape = 3, 4, (2, 3, 3)
     o, v = torch.randn(B, *shape, generator=gen(0)), torch.randn(B, M, *shape, generator=gen(1))
     t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), torch.zeros(B), M, shape, "none")
-    L, x = vgrpo.surrogate(v, o, t, eps, weight)
+    L, x = vgrpo.surrogate(v, o, vgrpo.add_noise(o[:, None], t, eps), t, weight)
     for b in range(B):
         total = 0.0
         for j in range(M):
@@ -161,7 +163,7 @@ def test_surrogate_against_a_plain_loop(weight):
 def test_no_gradient_through_the_adaptive_weight():
     o, v = torch.randn(2, 5, generator=gen(0)), torch.randn(2, 3, 5, generator=gen(1), requires_grad=True)
     t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), torch.zeros(2), 3, (5,))
-    vgrpo.surrogate(v, o, t, eps)[0].sum().backward()
+    vgrpo.surrogate(v, o, vgrpo.add_noise(o[:, None], t, eps), t)[0].sum().backward()
     s = t[..., None]
     x = (1 - s) * o[:, None] + s * eps - s * v.detach()
     constant = (x - o[:, None]).abs().mean(-1, keepdim=True)
@@ -172,7 +174,7 @@ def test_no_gradient_through_the_adaptive_weight():
 def test_the_true_velocity_recovers_the_data(weight):
     o = torch.randn(2, 4, 2, 2, generator=gen(0))
     t, eps = vgrpo.draw_pairs(gen(2), torch.linspace(1, .1, 10), torch.zeros(2), 4, (4, 2, 2), "none")
-    L, x = vgrpo.surrogate(eps - o[:, None], o, t, eps, weight)
+    L, x = vgrpo.surrogate(eps - o[:, None], o, vgrpo.add_noise(o[:, None], t, eps), t, weight)
     assert torch.allclose(x, o[:, None].expand_as(x), atol=1e-6) and L.max() < 1e-5
 
 
@@ -188,7 +190,8 @@ def test_estimator_is_unbiased_in_every_mode(share, antithetic, stratified):
     for i in range(1000):
         key, A = gen(share, antithetic, i), torch.arange(G)
         t, eps = vgrpo.draw_pairs(key, grid, A, M, (d,), share, stratified, antithetic)
-        draws.append(vgrpo.surrogate(a * vgrpo.add_noise(o[:, None], t, eps), o, t, eps, "v")[0])
+        z = vgrpo.add_noise(o[:, None], t, eps)
+        draws.append(vgrpo.surrogate(a * z, o, z, t, "v")[0])
     draws = torch.stack(draws)
     assert ((draws.mean(0) - exact).abs() < 4.5 * draws.std(0) / math.sqrt(len(draws))).all()
 
@@ -239,7 +242,8 @@ def test_soft_clip():
                                              (-1, 0.95, False), (-1, 1.05, True), (-1, 0.995, True)])
 def test_clip_stops_the_gradient_only_beyond_the_range(A, ratio, flows):
     L = torch.tensor([-math.log(ratio)], requires_grad=True)
-    loss, rho, _ = vgrpo.vgrpo_loss(L, torch.zeros(1), torch.tensor([float(A)]), clip=0.01)
+    x = torch.zeros(1, 2, 3)
+    loss, rho, _ = vgrpo.vgrpo_loss(L, torch.zeros(1), x, x, torch.tensor([float(A)]), clip=0.01)
     loss.sum().backward()
     assert rho.item() == pytest.approx(ratio)
     assert L.grad.item() == pytest.approx(A * ratio if flows else 0.0)
@@ -249,17 +253,18 @@ def test_clip_stops_the_gradient_only_beyond_the_range(A, ratio, flows):
 def test_kl_is_zero_with_zero_gradient_at_theta_old():
     x = torch.randn(2, 3, 4, generator=gen(0), requires_grad=True)
     L = torch.zeros(2)
-    loss, _, kl = vgrpo.vgrpo_loss(L, L, torch.zeros(2), kl=0.3, x=x, x_old=x.detach())
+    loss, _, kl = vgrpo.vgrpo_loss(L, L, x, x.detach(), torch.zeros(2), kl=0.3)
     loss.sum().backward()
     assert torch.equal(kl, torch.zeros(2)) and torch.equal(x.grad, torch.zeros_like(x))
-    loss, _, kl = vgrpo.vgrpo_loss(L, L, torch.zeros(2), kl=0.3, x=x, x_old=x.detach() + 2)
+    loss, _, kl = vgrpo.vgrpo_loss(L, L, x, x.detach() + 2, torch.zeros(2), kl=0.3)
     assert torch.allclose(kl, torch.full((2,), 4.0)) and torch.allclose(loss, 0.3 * kl)
 
 
 def test_on_policy_loss_is_odd_in_the_advantage():
     L, A = torch.rand(6, generator=gen(0)), torch.randn(6, generator=gen(1))
-    up, ratio, _ = vgrpo.vgrpo_loss(L, L, A, clip=.01)
-    down, _, _ = vgrpo.vgrpo_loss(L, L, -A, clip=.01)
+    x = torch.zeros(6, 2, 3)
+    up, ratio, _ = vgrpo.vgrpo_loss(L, L, x, x, A, clip=.01)
+    down, _, _ = vgrpo.vgrpo_loss(L, L, x, x, -A, clip=.01)
     assert torch.equal(up, -down) and torch.equal(ratio, torch.ones(6))
 
 
@@ -545,7 +550,7 @@ def test_every_family_the_true_velocity_recovers_the_data(monkeypatch, family, s
     assert (latents - o).abs().max() < 1e-5
     z = vgrpo.add_noise(o, t, eps)
     v = policy.velocity(z.flatten(0, 1), t.flatten(), groups[0].conditions).view_as(z)
-    L, x = vgrpo.surrogate(v, latents, t, eps)
+    L, x = vgrpo.surrogate(v, latents, z, t)
     assert (v - (eps - o)).abs().max() < 1e-3 and (x - o).abs().max() < 1e-5 and L.abs().max() < 1e-5
 
 
@@ -1226,11 +1231,12 @@ def test_strata_are_drawn_apart_and_neighbours_are_antithetic():
 
 def test_a_perfect_prediction_has_loss_0_and_no_gradient():
     v = torch.zeros(1, 2, 3, requires_grad=True)
-    L, _ = vgrpo.surrogate(v, torch.zeros(1, 3), torch.full((1, 2), .5), torch.zeros(1, 2, 3))
+    o, z, t = torch.zeros(1, 3), torch.zeros(1, 2, 3), torch.full((1, 2), .5)
+    L, _ = vgrpo.surrogate(v, o, z, t)
     L.sum().backward()
     assert L.item() == 0 and torch.equal(v.grad, torch.zeros_like(v))
     for size, expected in ((2e-4, 1e-4), (2e-6, 1e-7)):            # x is off by half of it; the floor is 1e-5
-        L, _ = vgrpo.surrogate(v.detach() + size, torch.zeros(1, 3), torch.full((1, 2), .5), v.detach())
+        L, _ = vgrpo.surrogate(v.detach() + size, o, z, t)
         assert L.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -1249,9 +1255,10 @@ def test_kl_of_a_later_step_is_the_distance_from_theta_old():
     assert expected.min() > 0 and torch.allclose(stats["kl"][2:], expected, rtol=1e-3, atol=1e-9)
 
 
-def test_later_steps_follow_the_clipped_objective_and_the_kl():
-    """Each of four steps, against the formula in the ratio and the KL that it reports."""
-    cfg, policy, trainable = load(*SMALL, "--updates", "4", "--kl", "0.3", "--clip", "1e-4")
+@pytest.mark.parametrize("beta", ["0.3", "0"])
+def test_later_steps_follow_the_clipped_objective_and_the_kl(beta):
+    """Each of four steps, against the formula in the ratio and the KL that it reports, also without --kl."""
+    cfg, policy, trainable = load(*SMALL, "--updates", "4", "--kl", beta, "--clip", "1e-4")
     groups, A = rollout(policy, cfg), torch.randn(4, 3, generator=gen(0))
     optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
     stats, _ = vgrpo.update(policy, [*trainable.values()], optimizer, NO_EMA, groups, A, cfg, 1)
@@ -1259,7 +1266,7 @@ def test_later_steps_follow_the_clipped_objective_and_the_kl():
     assert (rho[0] == 1).all() and (rho[1:] != 1).all() and (stats["kl"][1:] > 0).all()
     bounded = torch.minimum(rho * A, rho.clamp(1 - 1e-4, 1 + 1e-4) * A)
     assert (bounded != rho * A).any()
-    assert torch.allclose(stats["loss"], .3 * stats["kl"] - bounded, atol=1e-6)
+    assert torch.allclose(stats["loss"], cfg.kl * stats["kl"] - bounded, atol=1e-6)
     assert {(rho[1:] > 1.0001).any().item(), (rho[1:] < .9999).any().item()} == {True}  # either bound is met
 
 
@@ -1555,7 +1562,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
 
 def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path, monkeypatch, capsys):
     surrogate = vgrpo.surrogate
-    monkeypatch.setattr(vgrpo, "surrogate", lambda *a: (surrogate(*a)[0] * math.nan, None))
+    monkeypatch.setattr(vgrpo, "surrogate", lambda *a: tuple(out * math.nan for out in surrogate(*a)))
     with pytest.raises(SystemExit) as end:
         vgrpo.main([*SMALL, "--out", str(tmp_path / "run")])
     assert end.value.code == 1 and "gradient" in capsys.readouterr().err

@@ -1,26 +1,27 @@
 """V-GRPO: online reinforcement learning of text-to-image models, in one file (arXiv 2604.23380).
 
-Generate a group of images per prompt with any ODE sampler, score them, and follow GRPO's clipped objective,
-with the diffusion ELBO of the final image (minus its denoising loss over a few timestep-noise pairs) for the
-intractable log-likelihood. Shared pairs, stratified timesteps and a self-normalised weight make it stable. A
-ratio clip, a KL to theta_old or a soft clip of the advantages bound the step.
+Generate a group of images per prompt with any ODE sampler, score them, and follow GRPO's clipped objective.
+In place of the intractable log-likelihood stands an ELBO: minus the denoising loss of the final image, a mean
+over a few timestep-noise pairs. Shared pairs, stratified timesteps and a self-normalised weight make it
+stable; a ratio clip, a KL to theta_old or a soft clip of the advantages bounds the step.
 
     python vgrpo.py                                              # the tiny model, on a laptop, minutes
     torchrun --nproc_per_node=8 vgrpo.py --model sd3.5-medium    # the paper's stage 1
 
 Symbols: P prompts per iteration, G images per group, M = N_MC timestep-noise pairs per image, K rewards, B
-rows; [...] the latent's own axes, d numbers; o a final latent, c its conditions; t = 0 is data, t = 1 noise;
-z_t = (1 - t) o + t eps, v = eps - o, and the network's v_theta gives x_theta = z_t - t v_theta.
+rows; [...] a latent's own axes, d numbers in all; o a final latent, c its conditions; t = 0 is data, t = 1
+noise; z_t = (1 - t) o + t eps, v = eps - o, and the network's v_theta gives x_theta = z_t - t v_theta.
 
 Where this file departs from the paper:
  1. Antithetic noise is on by default: neighbouring strata take eps and -eps. --no-antithetic is the paper's.
     --share matched (see draw_pairs) is ours too, and the paper's recipes do not use it.
  2. Where M does not divide the sampler's grid, a point between two strata belongs to both in proportion.
- 3. A floor of 1e-5 in the weight's denominator, 1e-6 added to the std; equal or missing rewards: A = 0.
+ 3. A floor of 1e-5 in the weight's denominator. A group's std divides by G, not G - 1, and 1e-6 is added to
+    it; equal or missing rewards: A = 0. Several rewards: the mean of their advantages, so a std below 1.
  4. An iteration's first step is at theta_old itself, where L_hat(theta_old) is sg(L_hat(theta)) exactly: its
     theta_old pass is dropped. With --updates U each step takes its own P/U whole groups.
- 5. Eq. 14's square is a mean over d, not a sum, as in the paper's code. So is Eq. 16's KL, by our choice: if
-    the paper sums, its beta is d times stronger.
+ 5. Eq. 14 prints a sum of squares over d; here it is a mean, as in the paper's code. Eq. 16's KL is a mean
+    too, by our choice: if the paper sums, its beta is d times stronger.
  6. The pairs' t are of the sampler's own grid, so --solver and --steps change the estimator too (dpm++ with
     40 steps and SD3.5's shift: no t below .07). Guidance in two passes is sampled with, not trained.
 """
@@ -60,10 +61,10 @@ class Config:
     updates: int = 1                   # gradient steps per iteration, each on P / updates whole groups
     steps: int = 40                    # sampler steps
     solver: str = "dpm++"              # euler or dpm++ (DPM-Solver++, 2nd order)
-    guidance: float = 0.0              # classifier-free or embedded guidance scale, 0 = off
+    guidance: float = 0.0              # classifier-free scale, 0 = off; or the embedded scale, told as it is
     resolution: int = 0                # image side in pixels, 0 = the pipeline's own
     n_mc: int = 4                      # M, timestep-noise pairs per image
-    share: str = "both"                # what a group shares: both, timestep, noise, none; matched: in twos
+    share: str = "both"                # of a group's pairs: both, timestep, noise, none; matched: in twos
     stratified: bool = True            # one timestep from each of M strata of the sampler's grid
     antithetic: bool = True            # neighbouring strata take eps and -eps
     weight: str = "adaptive"           # of the denoising loss: adaptive (Eq. 14), x, v, eps
@@ -85,7 +86,7 @@ class Config:
     offload: bool = False              # text encoders and rewards wait on the CPU while they are not used
     seed: int = 0                      # of everything that is drawn
     out: str = ""                      # run folder (default: runs/MODEL-TIME)
-    resume: str = ""                   # run folder to continue from its last checkpoint (alone: --out's)
+    resume: str = ""                   # run folder to continue; --resume without a value: --out's
     eval_every: int = 10               # iterations between evaluations
     save_every: int = 10               # iterations between checkpoints
 
@@ -97,7 +98,7 @@ MODELS = {
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
 }
-# Overrides of Config. The README says of each value whether it is the paper's, a peer's or ours.
+# Config's defaults are the paper's first stage; these override them. The README tells each value's source.
 LARGE = dict(resolution=512, dtype="bf16", checkpointing=True, micro_batch=6)
 PREFERENCE = dict(LARGE, reward="hpsv2,pickscore,clipscore", prompts="hpdv2")
 SKILL = dict(LARGE, updates=2, n_mc=10, soft_clip=0.0)
@@ -147,7 +148,7 @@ def parse_config(argv=None):
             fail(f"--recipe: {out} keeps {before['recipe']}; start a next stage with --lora")
         flags = {**before, **flags, "resume": out, "out": out}
     model = flags.get("model", Config.model)
-    family = "flux" if "flux" in model.lower() else "tiny" if model == "tiny" else "sd3.5-s1"
+    family = "flux" if "flux" in Path(model).name.lower() else "tiny" if model == "tiny" else "sd3.5-s1"
     recipe = flags.get("recipe", family)
     cfg = Config(**{**RECIPES[recipe], **flags, "recipe": recipe})
     for name, value in asdict(cfg).items():
@@ -185,13 +186,13 @@ def add_noise(o, t, eps):
 
 def draw_pairs(gen, sigmas, advantages, M, shape, share="both", stratified=True, antithetic=True):
     """Timestep-noise pairs of one group: t [G, M] of the sampler's grid sigmas [n], eps [G, M, *shape].
-    Images of the same number share. "matched": the best image shares with the worst, the second best with
-    the second worst. So what the two have in common cancels, as it does when a whole group shares, while the
-    noise of the gradient averages over G / 2 draws, not one.
+    `times` and `noises` number an image's draws: images of the same number share them. "matched" needs the
+    advantages [G]: the best image shares with the worst, the second best with the second worst. What the two
+    have in common cancels, as when a whole group shares, and the noise averages over G / 2 draws, not one.
     """
     G = len(advantages)
-    rank = advantages.argsort(stable=True).argsort()
-    one, own, matched = torch.zeros_like(rank), torch.arange(G), torch.minimum(rank, G - 1 - rank)
+    place = advantages.argsort(stable=True).argsort()
+    one, own, matched = torch.zeros_like(place), torch.arange(G), torch.minimum(place, G - 1 - place)
     times, noises = {"both": (one, one), "timestep": (one, own), "noise": (own, one), "none": (own, own),
                      "matched": (matched, matched)}[share]
     u = torch.rand(G, M, generator=gen)[times]
@@ -203,18 +204,17 @@ def draw_pairs(gen, sigmas, advantages, M, shape, share="both", stratified=True,
         eps[:, 1::2] = -eps[:, :M - M % 2:2]                       # an odd last pair keeps its own noise
     return t, eps[noises]
 
-def surrogate(v, o, t, eps, weight="adaptive"):
+def surrogate(v, o, z, t, weight="adaptive"):
     """L_hat = 1/M sum_j l(t_j, eps_j), which stands for the negative ELBO of o (Eq. 14 with "adaptive").
-    The network always predicts v; a weight says whose error counts: v's is x's / t, eps's is x's (1 - t) / t.
-    v [B, M, ...] is the network's velocity at z_t, o [B, ...], t [B, M], eps [B, M, ...], all fp32
+    The network always predicts v; the weight says whose squared error counts: x's, or v's, which is x's / t,
+    or eps's, which is x's (1 - t) / t; or, "adaptive", x's over its own size.
+    v [B, M, ...] is the network's velocity at z [B, M, ...] = z_t, o [B, ...], t [B, M], all fp32
     -> L_hat [B], x_theta [B, M, ...]
     """
-    o = o[:, None]
-    z = add_noise(o, t, eps)
-    s = t.reshape(*t.shape, *[1] * (eps.ndim - 2))
-    x = z - s * v                                                  # x_theta; s is t [B, M, 1, ...]
+    s = t.reshape(*t.shape, *[1] * (z.ndim - 2))                   # t [B, M, 1, ...]
+    x = z - s * v                                                  # x_theta
     scale = {"v": 1 / s, "eps": (1 - s) / s}.get(weight, 1)        # of x's error, up to its sign
-    error = ((x - o) * scale).flatten(2)
+    error = ((x - o[:, None]) * scale).flatten(2)
     loss = error.square().mean(-1)                                 # [B, M], a mean over the d numbers
     if weight == "adaptive":
         loss = loss / error.detach().abs().mean(-1).clamp(min=1e-5)         # detach: the paper's sg
@@ -244,14 +244,14 @@ def soft_clip(advantages, eta):
     """Eq. 17: A_soft = eta tanh(A / eta); eta = 0 leaves A as it is."""
     return eta * torch.tanh(advantages / eta) if eta else advantages
 
-def vgrpo_loss(surrogate, surrogate_old, advantages, clip=0.0, kl=0.0, x=None, x_old=None):
+def vgrpo_loss(L, L_old, x, x_old, advantages, clip=0.0, kl=0.0):
     """The clipped objective, to be minimised: -min(rho A, clip(rho, 1-e, 1+e) A) + beta KL (Eq. 16).
-    surrogate, surrogate_old, advantages [B], x, x_old [B, M, ...] where KL is on -> loss, rho, KL [B] each
+    L, L_old: surrogates of theta and theta_old [B], x, x_old [B, M, ...], A [B] -> loss, rho, KL [B] each
     """
-    ratio = torch.exp(surrogate_old - surrogate)                   # the mean over pairs came before the exp
+    ratio = torch.exp(L_old - L)                                   # the mean over pairs came before the exp
     bounded = ratio.clamp(1 - clip, 1 + clip) if clip else ratio
     objective = torch.minimum(ratio * advantages, bounded * advantages)
-    divergence = torch.zeros_like(ratio) if x_old is None else (x - x_old).square().flatten(1).mean(-1)
+    divergence = (x - x_old).square().flatten(1).mean(-1)
     return kl * divergence - objective, ratio, divergence
 
 # ----------------------------------------------------------------------------------- ranks and random numbers
@@ -293,6 +293,13 @@ def sum_over_ranks(tensor, device):
         dist.all_reduce(tensor)
     return tensor.cpu()
 
+def average_gradients(params):
+    for p in params:
+        if not isinstance(p, DTensor):                             # FSDP2 has averaged its own
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # none: text of Qwen's last block
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
 def shard(transformer, blocks, dtype):
     """FSDP2: a block's weights are gathered while it is computed. A LoRA stays whole, in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -312,7 +319,7 @@ def whole(tensor):
 class Policy:
     """A diffusers flow-matching pipeline as pi_theta.
     It samples by the pipeline's own call, and hooks hear what the network is given, so no model family needs
-    code of its own. Trained is the network's velocity for the prompt: of guidance only what is embedded.
+    code of its own. The network's velocity for the prompt is trained: guidance only where it is embedded.
     """
 
     def __init__(self, pipe, cfg, device, **options):
@@ -357,8 +364,8 @@ class Policy:
         return (images.float() * 255).round().to(torch.uint8).cpu()
 
     def learn(self):
-        """Two short calls without guidance, of 3 and of 2 images: an argument's axis of images is the one
-        whose length followed. The scheduler was given sign * output: the sign is read off, and checked."""
+        """Two short calls without guidance, of 3 and of 2 images: the axis of an argument whose length went
+        from 3 to 2 is its axis of images. The scheduler is given sign * output: read off, and checked."""
         quiet = dict(self.guide(1.0), num_inference_steps=2, output_type="latent")
         self.generate(["a"], [generator("listen", i) for i in range(3)], **quiet)
         three = self.first
@@ -446,8 +453,9 @@ def load_policy(cfg, device):
     if cfg.checkpointing:
         transformer.enable_gradient_checkpointing()
     blocks = [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
-    for block in blocks if cfg.compile else ():
-        block.compile(recompile_limit=64)              # kinds of block, shapes, with and without gradient
+    if cfg.compile:
+        for block in blocks:
+            block.compile(recompile_limit=64)          # kinds of block, shapes, with and without gradient
     if sharded:
         shard(transformer, blocks, dtype)
     if not cfg.lora_rank:
@@ -460,7 +468,7 @@ def load_policy(cfg, device):
     return Policy(pipe, cfg, device, **no_t5), trainable
 
 def remember_prompts(pipe, offloaded, device):
-    """The chunks of a group share a result of pipe.encode_prompt. Offloaded encoders come for their work."""
+    """pipe.encode_prompt remembers: a group's chunks repeat its prompt. Offloaded encoders come to encode."""
     encode, known = pipe.encode_prompt, {}
     home = [(p, p.data) for encoder in offloaded for p in encoder.parameters()]
 
@@ -600,7 +608,8 @@ class Group:
     conditions: dict           # c, one row
 
 def chunks(n, cfg, rows=1):
-    """Slices of n images, a network call each: micro_batch images, `rows` times as many in a rollout."""
+    """Slices of n images, a network call each. In an update an image is M rows of it, in a rollout one: there
+    rows = M, so that both have calls of the same size."""
     size = (cfg.micro_batch or cfg.group_size) * rows
     return [slice(first, min(first + size, n)) for first in range(0, n, size)]
 
@@ -649,7 +658,7 @@ def estimate(policy, group, rows, advantages, cfg, iteration):
     t, eps = t[rows].to(o.device), eps[rows].to(o.device)
     z = add_noise(o[:, None], t, eps)
     v = policy.velocity(z.flatten(0, 1), t.flatten(), group.conditions)
-    return surrogate(v.view_as(z), o, t, eps, cfg.weight)
+    return surrogate(v.view_as(z), o, z, t, cfg.weight)
 
 def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
     """A gradient step on each batch of whole groups. -> tables [P, G] of all images, mean gradient norm"""
@@ -658,22 +667,18 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
     old, norms = {}, []
     with torch.no_grad():                                          # theta_old: before the first step
         for group, rows in itertools.product(groups[size:], parts):
-            L, x = estimate(policy, group, rows, advantages, cfg, iteration)
-            old[group.index, rows.start] = L, x if cfg.kl else None
+            old[group.index, rows.start] = estimate(policy, group, rows, advantages, cfg, iteration)
     for first in range(0, len(groups), size):
         for group, rows in itertools.product(groups[first:first + size], parts):
             L, x = estimate(policy, group, rows, advantages, cfg, iteration)
             # In the first batch theta is theta_old: sg(L) is exact, the KL is 0 and so is its gradient.
-            L_old, x_old = old.get((group.index, rows.start), (L.detach(), None))
+            L_old, x_old = old.get((group.index, rows.start), (L.detach(), x.detach()))
             A = advantages[group.index, rows].to(L.device)
-            loss, ratio, kl = vgrpo_loss(L, L_old, A, cfg.clip, cfg.kl, x, x_old)
+            loss, ratio, kl = vgrpo_loss(L, L_old, x, x_old, A, cfg.clip, cfg.kl)
             (loss.sum() / (size * cfg.group_size)).backward()
             stats[:, group.index, rows] = torch.stack([loss, ratio, kl, L]).detach().cpu().double()
-        for p in params if dist.is_initialized() else ():
-            if not isinstance(p, DTensor):                         # FSDP2 has averaged its own
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a last block's text, as in Qwen
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+        if dist.is_initialized():
+            average_gradients(params)
         norms.append(whole(nn.utils.clip_grad_norm_(params, cfg.grad_norm or math.inf)).item())
         if not math.isfinite(norms[-1]):
             raise RunError(f"iteration {iteration}: the gradient's norm is {norms[-1]}, stopped before the "
@@ -701,15 +706,17 @@ def start_log(out, cfg, iteration):
     if find_spec("wandb") and os.environ.get("WANDB_PROJECT"):     # it asks for a login: only where wanted
         import wandb
         wandb.init(dir=out, id=out.name, resume="allow", config=asdict(cfg), sync_tensorboard=True)
-    if board := find_spec("tensorboard"):
+    board = None
+    if find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(out, purge_step=iteration + 1)
 
     def log(values):
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
-        for name in values if board else ():
-            board.add_scalar(name, values[name], values["iteration"])
+        if board:
+            for name, value in values.items():
+                board.add_scalar(name, value, values["iteration"])
 
     return log
 
@@ -731,8 +738,9 @@ def save_checkpoint(out, iteration, state, transformer, cfg):
     """checkpoints/000010: written under another name, flushed, renamed; the last two stay."""
     final = out / "checkpoints" / f"{iteration:06d}"
     partial = final.with_name("partial")
-    for folder in (partial, final) if MAIN else ():
-        shutil.rmtree(folder, ignore_errors=True)
+    if MAIN:
+        for folder in (partial, final):
+            shutil.rmtree(folder, ignore_errors=True)
     for name, weights in state.items():
         save_weights(partial / name, weights, transformer, cfg)
     if not MAIN:
@@ -747,12 +755,13 @@ def save_checkpoint(out, iteration, state, transformer, cfg):
 # --------------------------------------------------------------------------------------------------- the loop
 
 def restore(trainable, folder, done, cfg):
-    """-> optimizer, EMA, and all that determines the next number, as it was `done` iterations on."""
+    """-> optimizer, EMA, and state {folder: {name: tensor}}, which is what a checkpoint holds; as they were
+    when `folder` was written, after `done` iterations."""
     from diffusers.training_utils import EMAModel
     if cfg.lora and not folder:
         load_weights(Path(cfg.lora), trainable, cfg, "--lora")
     averaged = trainable if cfg.ema else {}
-    ema = EMAModel(averaged.values(), decay=cfg.ema)               # min(ema, (1 + s) / (10 + s)) after s > 0
+    ema = EMAModel(averaged.values(), decay=cfg.ema)               # at step s > 1: min(ema, s / (9 + s))
     ema.optimization_step = done * cfg.updates
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     shadow = {"ema": dict(zip(averaged, ema.shadow_params))} if cfg.ema else {}
@@ -761,8 +770,9 @@ def restore(trainable, folder, done, cfg):
         optimizer.state[p]["step"] = torch.tensor(float(ema.optimization_step))
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[p][key] = state[key][name] = torch.zeros_like(p)
-    for name, weights in state.items() if folder else ():
-        load_weights(folder / name, weights, cfg, "--resume")
+    if folder:
+        for name, weights in state.items():
+            load_weights(folder / name, weights, cfg, "--resume")
     return optimizer, ema, state
 
 def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
