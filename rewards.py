@@ -1,8 +1,7 @@
 """The rewards of V-GRPO's recipes, on transformers alone: python rewards.py --reward hpsv2 --prompt cat a.png
 
 A reward is fn(images [N, 3, H, W] in [0, 1], prompts, metadata) -> float [N], NaN where there is no score.
-In `--reward pickscore=1,hpsv2@FOLDER=0.5,my_rewards.py:fn=2` a FOLDER stands for the hub: OWNER/NAME is read
-from FOLDER/NAME, else FOLDER. GenEval's detector has the official architecture, but other weights.
+In `--reward pickscore=1,hpsv2@DIR=0.5,mine.py:fn=2` DIR stands for the hub: OWNER/NAME is DIR/NAME, else DIR.
 """
 import argparse
 import base64
@@ -12,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import random
 import re
 import runpy
 import urllib.request
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 import transformers as hf
 from PIL import Image
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.initialization import no_init_weights
 
 class UsageError(ValueError):
     """Something the user gave cannot be used: one line that names it and the mend."""
@@ -44,12 +42,21 @@ def one_line(kind, where, mend=""):
         mend = mend if isinstance(error, OSError) else ""
         raise kind(f"{where}: {what}{' '.join(str(error).split())}{mend}") from error
 
+@contextlib.contextmanager
+def visiting(parts, device):
+    """Frozen modules come to the device to work. What is on the CPU stays there: nothing is copied back."""
+    modules = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+    home = [(p, p.data) for p in modules.parameters()]
+    modules.to(device)
+    yield
+    for p, data in home:
+        p.data = data
+
 resize = partial(F.interpolate, mode="bilinear")
 HALF = torch.autocast("cuda", torch.float16, enabled=torch.cuda.is_available())
 
 def quantise(images):
-    """The 8-bit picture that a user would save."""
-    return (images.detach().float().clamp(0, 1) * 255).round() / 255
+    return (images.detach().float().clamp(0, 1) * 255).round() / 255            # as a user would save them
 
 def standardise(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
@@ -80,6 +87,10 @@ RENAMES = {     # open_clip's and BLIP's names -> transformers', rule after rule
     r"positional_embedding$": "embeddings.position_embedding.weight", r"ln_final": "final_layer_norm",
     r"pos_embed$": "embeddings.position_embedding", r"model\.(norm|ln_post)": "model.post_layernorm",
     r"ln_pre": "pre_layrnorm", r"\.(ln_|norm)(\d)": r".layer_norm\2"}
+
+@no_init_weights()
+def blank(kind, config):
+    return kind(config)                                             # half a minute, were a ViT-H drawn first
 
 def load_renamed(model, repo, file, folder):
     """Weights published under other names; a missing or unexpected one is an error that names it."""
@@ -114,8 +125,8 @@ class Clip(nn.Module):
         texts = place(repo if repo.startswith("openai/") else LAION, folder)
         self.tokenizer, self.hps = hf.AutoTokenizer.from_pretrained(texts), repo == "xswu/HPSv2"
         self.model = load(hf.CLIPModel, repo, folder) if not self.hps else load_renamed(
-            hf.CLIPModel(hf.CLIPConfig.from_pretrained(texts)), repo, "HPS_v2.1_compressed.pt", folder)
-        self.seen = WeakTensorKeyDictionary()                       # forgets the features with the images
+            blank(hf.CLIPModel, hf.CLIPConfig.from_pretrained(texts)), repo, "HPS_v2.1_compressed.pt", folder)
+        self.seen = torch.utils.weak.WeakTensorKeyDictionary()      # forgets the features with the images
         self.text = lru_cache(10_000)(self.encode_text)
 
     def encode_text(self, text):
@@ -144,7 +155,7 @@ def load_imagereward(folder):
     vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                   image_size=224, layer_norm_eps=1e-6)
     config = hf.BlipConfig(vision_config=vision, text_config={"num_attention_heads": 12})
-    blip, bert = hf.BlipForImageTextRetrieval(config), place("google-bert/bert-base-uncased", folder)
+    blip, bert = blank(hf.BlipForImageTextRetrieval, config), place("google-bert/bert-base-uncased", folder)
     blip.itm_head, blip.tokenizer = linear_head(), hf.AutoTokenizer.from_pretrained(bert)
     return load_renamed(blip, "THUDM/ImageReward", "ImageReward.pt", folder)
 
@@ -157,7 +168,7 @@ def imagereward(blip, images, prompts, metadata):
         states = blip.text_encoder(ids, mask, encoder_hidden_states=patches).last_hidden_state
     return (blip.itm_head(states[:, 0].float()).squeeze(-1) - 0.16717362830052426) / 1.0333394966054072
 
-# GenEval: a detector's masks -> objects -> colors and places -> a verdict
+# GenEval: a detector's masks (official architecture, other weights) -> objects -> colors, places -> a verdict
 COCO = re.split(r",\s", """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
 fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
 giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
@@ -230,26 +241,6 @@ def geneval(rule, detector, clip, images, prompts, metadata):
     return torch.tensor([verdict(objects, data, partial(object_color, clip, image), rule)
                          for objects, data, image in zip(found, metadata, images)])
 
-def geneval_prompts(n, seed):
-    """n distinct prompts with GenEval's metadata, its six tasks in turn."""
-    rng, items = random.Random(seed), {}
-    while len(items) < n:
-        (a, b), (c, d) = rng.sample(COCO[1:], 2), rng.sample(CLIP_COLORS, 2)        # no colored person
-        k, side = rng.randint(2, 4), rng.choice(SIDES)
-        one, two = {"class": a, "count": 1}, {"class": b, "count": 1}
-        many = re.sub("(?<=[sh])s$", "es", re.sub("(skis|scissors|sheep)s$", r"\1", a + "s"))
-        for tag, text, include in (
-                ("single_object", f"a {a}", [one]),
-                ("two_object", f"a {a} and a {b}", [one, two]),
-                ("counting", f"{['two', 'three', 'four'][k - 2]} {many}", [one | {"count": k}]),
-                ("colors", f"a {c} {a}", [one | {"color": c}]),
-                ("position", f"a {b} {side} a {a}", [one, two | {"position": [side, 0]}]),
-                ("color_attr", f"a {c} {a} and a {d} {b}", [one | {"color": c}, two | {"color": d}])):
-            text = re.sub(r"\ba (?=[aeiou])", "an ", "a photo of " + text)
-            exclude = [one | {"count": k + 1}] if tag == "counting" else []
-            items[text] = {"prompt": text, "tag": tag, "include": include, "exclude": exclude}
-    return list(items.values())[:n]
-
 # OCR: a detector's map of text -> boxes -> characters -> a distance
 QUOTED = re.compile('"([^"]*[^" ][^"]*)"')
 
@@ -302,14 +293,6 @@ def ocr(detector, reader, characters, images, prompts, metadata):
     texts = [read_text(detector, reader, characters, image) for image in images]
     return torch.tensor([ocr_score(text, QUOTED.search(prompt)[1]) for text, prompt in zip(texts, prompts)])
 
-def ocr_prompts(n, seed):
-    """n distinct prompts that ask for a text in straight double quotes."""
-    scenes = "a sign that says, a chalkboard that reads, a cake with the words, a T-shirt with, a cup with"
-    words = "Fresh Open Happy Quiet Golden Lucky Silver Daily Bread Garden Harbor Coffee Market Music".split()
-    texts = [some for k in (1, 2, 3) for some in itertools.permutations(words, k)]
-    pairs = random.Random(seed).sample([*itertools.product(scenes.split(", "), texts)], n)
-    return [{"prompt": f'{scene} "{" ".join(text)}"'} for scene, text in pairs]
-
 JUDGE = """This picture was generated from the caption "{}". Judge how well it matches and how good it looks.
 Explain briefly, then end with one line "Final Score: X", with X from 1 (bad) to 5 (perfect)."""
 
@@ -342,10 +325,9 @@ class Judge:
         with ThreadPoolExecutor(32) as pool:
             return torch.tensor([*pool.map(self.ask, images, prompts)])
 
-def load_own(file, name, device):
-    """A function of a FILE.py, or a class of it, which is built with the device."""
-    reward = runpy.run_path(file)[name]
-    return reward(device) if isinstance(reward, type) else reward
+def load_own(file, name, device=None):
+    reward = runpy.run_path(str(file))[name]
+    return reward(device) if isinstance(reward, type) else reward   # a class is built with the device
 
 def own(reward, images, prompts, metadata):
     return reward(images.clone(), prompts, metadata)
@@ -381,8 +363,6 @@ NEEDS = {       # what a prompt, or its metadata, must have
 
 class Rewards:
     """`--reward`: (images [N, 3, H, W], prompts, metadata) -> {name: float32 [N] on the CPU}."""
-    chunk = 32
-
     def __init__(self, spec, device="cpu", offload=False, share=None):
         self.device, self.home = torch.device(device), torch.device("cpu" if offload else device)
         self.load = share.load if share else cache(lambda loader, *source: loader(*source))
@@ -396,7 +376,9 @@ class Rewards:
                 if key not in REWARDS or name in self.weights or not 0 <= float(weight) < math.inf:
                     raise UsageError(f"write NAME=NUMBER, each once, 0 or more; NAME: {', '.join(REWARDS)}")
                 reward, *loaders = REWARDS[key]
-                self.rewards[name] = partial(reward, *[self.load(loader, *source) for loader in loaders])
+                models = [self.load(loader, *source) for loader in loaders]
+                nn.ModuleList(model for model in models if isinstance(model, nn.Module)).to(self.home)
+                self.rewards[name] = partial(reward, *models)
                 self.weights[name] = float(weight)
         if not any(self.weights.values()):
             raise UsageError(f"--reward {spec}: all weights are 0")
@@ -408,17 +390,16 @@ class Rewards:
             with one_line(UsageError, f"--reward {name}: prompt {prompt!r} has no {need}"):
                 assert fits(prompt, data)
 
-    def __call__(self, images, prompts, metadata):
+    def __call__(self, images, prompts, metadata, chunk=32):
         batch, scores = (quantise(images).to(self.device), prompts, metadata), {}
-        chunks = [[part[i:i + self.chunk] for part in batch] for i in range(0, len(images), self.chunk)]
+        chunks = [[part[i:i + chunk] for part in batch] for i in range(0, len(images), chunk)]
         for name, reward in self.rewards.items():
-            models = nn.ModuleList(m for m in reward.args if isinstance(m, nn.Module)).to(self.device)
-            with one_line(RunError, f"reward {name} on {[*dict.fromkeys(prompts)]}"), torch.inference_mode():
-                score = torch.cat([reward(*chunk) for chunk in chunks]).cpu()
-                if not score.is_floating_point() or score.shape != (len(images),) or score.isinf().any():
-                    raise TypeError(f"{score.dtype} {list(score.shape)}: not {len(images)} floats or NaN")
-            models.to(self.home)
-            scores[name] = score.float().clone()                    # no tensor of the inference mode any more
+            where = f"reward {name} on {[*dict.fromkeys(prompts)]}"
+            with visiting(reward.args, self.device), one_line(RunError, where), torch.inference_mode():
+                row = torch.cat([reward(*part) for part in chunks]).cpu()
+                if not row.is_floating_point() or row.shape != (len(images),) or row.float().isinf().any():
+                    raise TypeError(f"{row.dtype} {list(row.shape)}: not {len(images)} floats or NaN")
+            scores[name] = row.float().clone()                      # no tensor of the inference mode any more
         return scores
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -36,9 +36,12 @@ import vgrpo  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent / "assets"))
 import tiny  # noqa: E402
+from prompts import geneval as geneval_prompts  # noqa: E402
+from prompts import ocr as ocr_prompts  # noqa: E402
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
 HERE = Path(__file__).parent
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_second", "peak_memory_gb")
 SMALL = ["--iterations", "2", "--prompts-per-iteration", "4", "--group-size", "3", "--steps", "3",
          "--n-mc", "2", "--save-every", "1", "--eval-reward", "", "--reward", f"{__file__}:redness"]
@@ -60,7 +63,7 @@ def load(*flags):
 
 def run(out, *flags):
     """An in-process run -> its metrics lines, without times."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     vgrpo.main([*SMALL, "--out", str(out), *flags])
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -480,7 +483,7 @@ def small_policy(monkeypatch, family, *flags):
     from diffusers import DiffusionPipeline
     monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: {})
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda _, dtype: family().to(dtype))
-    cfg = vgrpo.parse_config([*SMALL_RUN, "--model", "small", *flags])
+    cfg = vgrpo.parse_config([*SMALL_RUN, "--model", "a/small", *flags])
     return cfg, *vgrpo.load_policy(cfg, torch.device("cpu"))
 
 
@@ -726,17 +729,30 @@ def test_a_prompt_is_encoded_once(monkeypatch):
     assert len(calls) == 1
 
 
+def test_embeddings_of_large_models_are_forgotten():
+    """Prompts come again in the tiny world; of a large model's embeddings a quarter of a GB is kept."""
+    for rows, calls in ((1, 24), (2 ** 20, 48)):
+        made = []
+        pipe = SimpleNamespace(encode_prompt=lambda prompt, rows=rows: made.append(prompt) or (
+            torch.zeros(1).expand(40, rows), None))                    # 160 MB that take no memory
+        vgrpo.remember_prompts(pipe, [], torch.device("cpu"))
+        for prompt in [*range(24)] * 2:
+            for _ in range(3):
+                pipe.encode_prompt(prompt)
+        assert len(made) == calls
+
+
 def test_offloaded_text_encoders_come_for_a_new_prompt_only():
     """They come as a copy, which goes when it has done its work: what stayed at home is as it was."""
     _, policy, _ = load("--steps", "2", "--offload")
     encoders, moves = (policy.pipe.text_encoder, policy.pipe.text_encoder_2), []
     home = [(p, p.data_ptr()) for encoder in encoders for p in encoder.parameters()]
     for encoder in encoders:
-        def come(device, encoder=encoder):
-            moves.append(device)
+        def come(to, encoder=encoder):
+            moves.append(to(torch.zeros(1)).device)
             for p in encoder.parameters():
                 p.data = p.data.clone()
-        encoder.to = come
+        encoder._apply = come
     for prompt in ("a blue bar on the right", "a blue bar on the right", "a red bar on the left"):
         policy.generate([prompt], [gen(0)])
     assert list(map(str, moves)) == ["cpu"] * 4
@@ -1009,18 +1025,32 @@ def test_run_folder_and_metrics(tmp_path):
 
 
 def test_trackers_are_told_what_the_file_is_told(tmp_path, monkeypatch):
-    told, started = [], []
+    told, started, logged = [], [], []
     board = SimpleNamespace(SummaryWriter=lambda *args, **kwargs: SimpleNamespace(
         add_scalar=lambda *scalar: told.append(scalar)))
-    wandb = SimpleNamespace(init=lambda **kwargs: started.append((kwargs["id"], kwargs["sync_tensorboard"])))
+    wandb = SimpleNamespace(init=lambda **kwargs: started.append(kwargs["id"]) or SimpleNamespace(
+        log=logged.append))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(vgrpo, "find_spec", lambda name: name in ("tensorboard", "wandb"))
-    vgrpo.start_log(tmp_path / "a", vgrpo.parse_config([]), 0)({"iteration": 3, "loss": .5})
+    monkeypatch.chdir(tmp_path)
+    for name in ("tensorboard", "wandb"):                          # a folder of that name is no package
+        (tmp_path / "folders" / name).mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "folders")
+    find_spec = vgrpo.find_spec
+    monkeypatch.setattr(vgrpo, "find_spec", lambda name: find_spec(name) if installed[name] is None else
+                        SimpleNamespace(origin="file" if installed[name] else None))
+    line = {"iteration": 3, "loss": .5}
+    installed = dict(tensorboard=None, wandb=False)
+    if find_spec("tensorboard").origin is None:
+        vgrpo.start_log(tmp_path / "a", vgrpo.parse_config([]), 0)(line)
+    installed = dict(tensorboard=True, wandb=True)
+    vgrpo.start_log(tmp_path / "b", vgrpo.parse_config([]), 0)(line)
     assert told == [("iteration", 3, 3), ("loss", .5, 3)] and not started      # only where a project is named
     monkeypatch.setenv("WANDB_PROJECT", "p")
-    vgrpo.start_log(tmp_path / "b", vgrpo.parse_config([]), 0)({"iteration": 4})
-    assert started == [("b", True)] and len(told) == 3
+    installed = dict(tensorboard=False, wandb=True)
+    for run in ("x/seed0", "y/seed0"):
+        vgrpo.start_log(tmp_path / run, vgrpo.parse_config([]), 0)(line)
+    assert len(set(started)) == 2 and logged == [line, line] and len(told) == 2
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2",
@@ -1051,6 +1081,8 @@ def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
 
 def test_a_run_is_not_overwritten(tmp_path, capsys):
     run(tmp_path / "a", "--iterations", "1")
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'a'}: tiny with recipe tiny, 1 x CPU" and last == f"done: {tmp_path / 'a'}"
     before = metrics(tmp_path / "a")
     with pytest.raises(SystemExit) as end:
         vgrpo.main([*SMALL, "--out", str(tmp_path / "a")])
@@ -1123,7 +1155,7 @@ def test_any_number_of_ranks_gives_the_numbers_of_one(tmp_path, ranks, P, flags)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_saves_and_exits(tmp_path, number):
     process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run")
     ranks_of(process, tmp_path / "run")
@@ -1135,15 +1167,41 @@ def test_a_signal_saves_and_exits(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number):
+    """SIGHUP is a closed terminal: torchrun passes it on under nohup too, which its ranks have inherited."""
     long = ["--iterations", "10000", "--save-every", "10000"]
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = command(*SMALL, *long, "--out", tmp_path / "run", ranks=2)
+    signal.signal(signal.SIGHUP, ignored)
     pids = ranks_of(process, tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 1 and len(pids) == 2 and all(map(gone, pids))     # 1 is torchrun's own
     saved = [int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == [max(line["iteration"] for line in metrics(tmp_path / "run"))]
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, monkeypatch):
+    improve, handler = vgrpo.improve, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(vgrpo, "improve", lambda *a: os.kill(os.getpid(), signal.SIGHUP) or improve(*a))
+    run(tmp_path)
+    signal.signal(signal.SIGHUP, handler)
+    assert (tmp_path / "checkpoints" / "000002").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["RANK == '1'", "True"])
+def test_what_fails_on_any_rank_while_it_loads_is_told_once(tmp_path, failing):
+    reward = tmp_path / "hub.py"
+    reward.write_text("import os\nRANK = os.environ['RANK']\nclass Reward:\n"
+                      f"    def __init__(self, device):\n        if {failing}:\n"
+                      "            raise OSError('429: too many requests')\n"
+                      "    def __call__(self, images, prompts, metadata):\n"
+                      "        return images[:, 0, 0, 0]\n")
+    process = command(*SMALL, "--out", tmp_path / "run", "--reward", f"{reward}:Reward", ranks=2)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode and errors.count("429: too many requests") == 1, errors
 
 
 @pytest.mark.slow
@@ -1343,6 +1401,7 @@ def test_another_seed_takes_the_prompts_in_another_order():
 
 def test_an_iteration_clips_combines_and_reports(monkeypatch):
     """improve() between its parts: what update() is given, and the metrics made of what it returns."""
+    adam = SimpleNamespace(param_groups=[{"lr": 3e-4}])
     cfg, policy, _ = load(*SMALL, "--clip", "0.1", "--soft-clip", "0.5", "--combine", "sum")
     table = torch.randn(2, 4, 3, generator=gen(1)).double() * torch.tensor([1.0, 9.0])[:, None, None]
     A = vgrpo.soft_clip(vgrpo.group_advantages(table.sum(0)), .5)
@@ -1356,14 +1415,14 @@ def test_an_iteration_clips_combines_and_reports(monkeypatch):
     monkeypatch.setattr(vgrpo, "update", update)
     monkeypatch.setattr(vgrpo, "collect", lambda *args: [])
     monkeypatch.setattr(vgrpo, "score", lambda *args: table)
-    line = vgrpo.improve(policy, [], None, None, SimpleNamespace(weights=dict(a=1.0, b=1.0)), {}, cfg, 1)
+    line = vgrpo.improve(policy, [], adam, None, SimpleNamespace(weights=dict(a=1.0, b=1.0)), {}, cfg, 1)
     stopped = (A[:, 0] > 0).sum() + (A[:, 1] < 0).sum()
     assert line["clip_fraction"] == pytest.approx(stopped.item() / 12) and line["reward/b"] == table[1].mean()
     assert line["reward_std"] == pytest.approx((table.mean(0).var(1, correction=0).mean().sqrt()).item())
     assert line["surrogate_group_cv"] == pytest.approx(np.mean([row.std() / row.mean() for row in L]).item())
     table[:, 1], table[:, 3, 0] = 7.0, math.nan        # a group of equal rewards; an image without a score
     A[1], A[2:] = 0, vgrpo.soft_clip(vgrpo.group_advantages(table.sum(0)), .5)[2:]
-    line = vgrpo.improve(policy, [], None, None, SimpleNamespace(weights=dict(a=1.0, b=1.0)), {}, cfg, 1)
+    line = vgrpo.improve(policy, [], adam, None, SimpleNamespace(weights=dict(a=1.0, b=1.0)), {}, cfg, 1)
     assert line["zero_std_groups"] == 1
 
 
@@ -1408,7 +1467,7 @@ def test_a_checkpoint_appears_whole_and_two_stay(tmp_path, monkeypatch, capsys):
     assert not list(folder.rglob("stray")) and not (folder / "partial").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_ends_the_iteration_saves_and_exits(tmp_path, monkeypatch, number):
     improve, handler = vgrpo.improve, signal.getsignal(number)
     monkeypatch.setattr(vgrpo, "improve", lambda *args: os.kill(os.getpid(), number) or improve(*args))
@@ -1514,7 +1573,9 @@ BAD = [(["--model", "nobody/nothing", "--recipe", "tiny"], "--model nobody/nothi
        (["--prompts", "EMPTY.txt"], "empty"), (["--prompts", "BINARY.txt"], "BINARY.txt"),
        (["--prompts", "BAD.jsonl"], "line 2"), (["--prompts-per-iteration", "5", "--updates", "2"], "4 or 6"),
        (["--group-size", "1"], "--group-size"), (["--lr", "-1"], "--lr"), (["--clip", "nan"], "--clip"),
-       (["--ema", "1"], "--ema"), (["--resolution", "100"], "112"), (["--steps", "many"], "--steps"),
+       (["--model", "tinny"], "OWNER/NAME"), (["--resolution", "100"], "--resolution 100"),
+       (["--resolution", "512"], "--resolution 512"), (["--steps", "many"], "--steps"),
+       (["--lora-rank", "4", "--lora-alpha", "0"], "--lora-alpha"),
        (["--iteration", "3"], "--iteration"), (["--resume"], "--resume"),
        (["--resume", "runs/typo"], "runs/typo"), (["--lora", "x"], "--lora-rank"),
        (["--lora", "MISSING", "--lora-rank", "4"], "MISSING")]
@@ -1528,7 +1589,7 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, monkeypatch, capsys, flag
     Path("BAD.jsonl").write_text('{"prompt": "a red circle on the left"}\n{"promt": "x"}\n')
     with pytest.raises(SystemExit) as end:
         vgrpo.main(flags)
-    errors = [line for line in capsys.readouterr().err.splitlines() if line]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]   # bars
     assert end.value.code == 2 and len(errors) == 1 and names in errors[0], errors
 
 
@@ -1551,6 +1612,56 @@ def test_a_reward_that_scores_nothing_ends_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         vgrpo.main([*SMALL, "--reward", f"{tmp_path / 'own.py'}:dead", "--out", str(tmp_path / "run")])
     assert end.value.code == 1 and "dead could not score any" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_a_model_that_lacks_a_weight_is_refused(tmp_path, part):
+    folder = tmp_path / "model"
+    shutil.copytree(vgrpo.MODELS["tiny"], folder)
+    file = next((folder / part).glob("*.safetensors"))
+    weights = load_file(file)
+    lost = next(name for name in sorted(weights) if "attn" in name)
+    save_file({name: value for name, value in weights.items() if name != lost}, file, {"format": "pt"})
+    for _ in range(2):                                             # the second load is looked at too
+        with pytest.raises(rewards.UsageError, match="--model.*newly initialized"):
+            load("--model", str(folder), "--recipe", "tiny")
+
+
+def test_a_lora_with_more_layers_is_refused(tmp_path):
+    cfg, policy, trainable = load("--lora-rank", "2")
+    vgrpo.save_weights(tmp_path, {**trainable, "more.lora_A": torch.zeros(2)}, policy.transformer, cfg)
+    with pytest.raises(rewards.UsageError, match="--lora.*transformer.more.lora_A.weight"):
+        vgrpo.load_weights(tmp_path, trainable, cfg, "--lora")
+
+
+@pytest.mark.parametrize("flags", [("--updates", "2"), ("--lora-alpha", "3"), ("--lora-rank", "4"),
+                                   ("--lora", "x"), ("--out", "elsewhere"), ("--recipe", "sd3.5-s5")])
+def test_what_a_checkpoint_keeps_cannot_be_changed_on_resume(tmp_path, flags):
+    cfg = vgrpo.parse_config(["--out", str(tmp_path), "--lora-rank", "2"])
+    (tmp_path / "config.json").write_text(json.dumps({"flags": vgrpo.asdict(cfg)}))
+    assert vgrpo.parse_config(["--resume", str(tmp_path), "--lr", "1", "--lora-rank", "2"]).lr == 1
+    with pytest.raises(rewards.UsageError, match=f"^{flags[0]}: .*--lora$"):
+        vgrpo.parse_config(["--resume", str(tmp_path), *flags])
+
+
+def test_a_finished_run_can_be_evaluated_anew(tmp_path):
+    before = run(tmp_path, "--iterations", "1")
+    after = run(tmp_path, "--resume", "--iterations", "1", "--eval-reward", "shapes,shapes-strict=0")
+    assert after[:-1] == before and {*after[-1]} == {"iteration", "eval", "eval/shapes", "eval/shapes-strict"}
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_not_overwritten(tmp_path, capsys):
+    run(tmp_path, "--iterations", "1")
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    assert "holds a run" in capsys.readouterr().err
+
+
+def test_evaluation_is_by_the_users_own_reward():
+    assert vgrpo.parse_config([]).eval_reward == "shapes,shapes-strict=0"
+    for flags in (["--reward", "incompressibility"], ["--prompts", "mine.txt"]):
+        assert vgrpo.parse_config(flags).eval_reward == ""
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
@@ -1600,8 +1711,9 @@ def test_the_readme_points_at_the_lines_and_tests_there_are():
     source, tests = (HERE / "vgrpo.py").read_text().splitlines(), (HERE / "test_vgrpo.py").read_text()
     anchors = re.findall(r"\[`(\w+)`\]\(vgrpo\.py#L(\d+)\)", readme)
     assert len(anchors) >= 15
-    for name, line in anchors:
-        assert re.match(rf" *(def|class) {name}\b", source[int(line) - 1]), (name, line)
+    lines = {name: next(n for n, line in enumerate(source, 1) if re.match(rf" *(def|class) {name}\b", line))
+             for name, _ in anchors}
+    assert {name: int(line) for name, line in anchors} == lines        # the right side is what to write there
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests or name == "test_vgrpo", name
     for flag in re.findall(r"`(--[a-z-]+)", readme):
@@ -1760,18 +1872,17 @@ def test_reward_64_images_cost_one_image_pass_and_one_text_pass_per_prompt(rewar
     R.Rewards(f"aesthetic@{reward_hub},clipscore@{reward_hub}", share=rewards)     # --eval-reward
     prompts = [p for p in ("a red cube", "a blue cat", "dog", "the fish") for _ in range(16)]
     rewards(reward_noise(64, 32, 32), prompts, [{}] * 64)
-    assert seen == {"image": 64, "image passes": 64 // rewards.chunk, "text": 4, "text passes": 4}
+    assert seen == {"image": 64, "image passes": 64 // 32, "text": 4, "text passes": 4}
     assert loads == {"CLIPModel": 1, "openai/clip-vit-large-patch14": 1}
     rewards(reward_noise(64, 32, 32, seed=1), prompts, [{}] * 64)      # new pictures, not the old ones
     assert seen["image"] == 128 and seen["text"] == 4
 
 @pytest.mark.parametrize("size", [1, 3, 64])
-def test_reward_scores_do_not_depend_on_the_chunk(reward_hub, monkeypatch, size):
+def test_reward_scores_do_not_depend_on_the_chunk(reward_hub, size):
     images, prompts = reward_noise(7, 240, 300), (REWARD_PROMPTS * 2)[:7]
     spec = f"pickscore@{reward_hub},clipscore@{reward_hub},aesthetic@{reward_hub},incompressibility"
-    whole = R.Rewards(spec)(images, prompts, [{}] * 7)
-    monkeypatch.setattr(R.Rewards, "chunk", size)
-    parts = R.Rewards(spec)(images, prompts, [{}] * 7)
+    rewards = R.Rewards(spec)
+    whole, parts = (rewards(images, prompts, [{}] * 7, chunk) for chunk in (32, size))
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], atol=1e-5, rtol=1e-6)
 
@@ -1922,6 +2033,7 @@ def blip_weights(tmp_path, monkeypatch):
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr(R, "load_renamed", lambda model, *_: model)
+        patch.setattr(R, "blank", lambda kind, config: kind(config))
         model = randomise_weights(R.load_imagereward(tmp_path))
     torch.save(to_blip(model), tmp_path / "ImageReward.pt")
     return tmp_path, model
@@ -2160,9 +2272,9 @@ def test_reward_object_colours(geneval_folder):
     assert len(set(answers)) > 1
 
 def test_reward_geneval_prompts():
-    drawn = R.geneval_prompts(600, 7)
-    assert drawn == R.geneval_prompts(600, 7) != R.geneval_prompts(600, 8)
-    assert drawn[:100] == R.geneval_prompts(100, 7) and len({data["prompt"] for data in drawn}) == 600
+    drawn = geneval_prompts(600, 7)
+    assert drawn == geneval_prompts(600, 7) != geneval_prompts(600, 8)
+    assert drawn[:100] == geneval_prompts(100, 7) and len({data["prompt"] for data in drawn}) == 600
     tags = Counter(data["tag"] for data in drawn[:60])
     assert set(tags) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
     assert min(tags.values()) >= 8
@@ -2275,8 +2387,8 @@ def test_reward_ocr_targets():
     assert R.QUOTED.search('a sign "Fresh Bread" and "More"')[1] == "Fresh Bread"
     for prompt in ("a sign", 'a "', 'a ""', 'a " "', "a “curly” sign"):
         assert not R.QUOTED.search(prompt)
-    prompts = R.ocr_prompts(2000, 3)
-    assert prompts == R.ocr_prompts(2000, 3) != R.ocr_prompts(2000, 4)
+    prompts = ocr_prompts(2000, 3)
+    assert prompts == ocr_prompts(2000, 3) != ocr_prompts(2000, 4)
     assert len({data["prompt"] for data in prompts}) == 2000
     assert all(R.QUOTED.search(data["prompt"]) and data["prompt"].count('"') == 2 for data in prompts)
 
@@ -2539,7 +2651,7 @@ def test_reward_missing_weights_are_named(reward_hub, tmp_path):
 
 def test_reward_check_names_the_first_unfit_prompt(ocr_folder, geneval_folder):
     rewards = R.Rewards(f"geneval-accuracy@{geneval_folder},incompressibility")
-    good = R.geneval_prompts(3, 0)
+    good = geneval_prompts(3, 0)
     rewards.check([data["prompt"] for data in good], good)
     for bad in ({}, {"include": []}, {"include": [wanted("unicorn")]}, {"include": [{"class": "dog"}]}):
         with pytest.raises(R.UsageError, match="geneval-accuracy: prompt 'second'.*include"):
@@ -2560,16 +2672,24 @@ def test_reward_offload_and_half(reward_hub, monkeypatch):
         assert 0 < (full[name] - half[name]).abs().max() < 1e-2 * full[name].std()
     moves = []
     for i, clip in enumerate(clips):
-        clip._apply = lambda fn, i=i: moves.append((i, str(fn(torch.zeros(1)).device)))
+        def move(to, i=i, clip=clip):
+            moves.append((i, str(to(torch.zeros(1)).device)))
+            for p in clip.parameters():
+                p.data = p.data.clone()                                # what a device would get
+        monkeypatch.setattr(clip, "_apply", move)
     def score(clip, images, prompts, metadata):
         moves.append(str(images.device))
         return torch.zeros(8)
     for offload, home in ((True, "cpu"), (False, "meta")):
         rewards = R.Rewards(spec, device="meta", offload=offload, share=rewards)
         assert [reward.args[0] for reward in rewards.rewards.values()] == clips
+        assert moves == [(0, home), (1, home)]
+        moves.clear()
+        at_home = [[p.data_ptr() for p in clip.parameters()] for clip in clips]
         rewards.rewards = {name: partial(score, *reward.args) for name, reward in rewards.rewards.items()}
         rewards(images, prompts, [{}] * 8)
-        assert moves == [(0, "meta"), "meta", (0, home), (1, "meta"), "meta", (1, home)]
+        assert moves == [(0, "meta"), "meta", (1, "meta"), "meta"]
+        assert at_home == [[p.data_ptr() for p in clip.parameters()] for clip in clips]
         moves.clear()
 
 def test_reward_shapes():

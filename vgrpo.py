@@ -28,8 +28,8 @@ Where this file departs from the paper:
 import argparse
 import hashlib
 import inspect
-import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -39,9 +39,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class Config:
     save_every: int = 10               # iterations between checkpoints
 
 LEAST = dict(iterations=1, prompts_per_iteration=1, group_size=2, updates=1, steps=1, n_mc=1, eval_every=1,
-             save_every=1)
+             save_every=1, lora_alpha=1e-3)
 MODELS = {
     "tiny": str(Path(__file__).with_name("assets") / "tiny-sd3"),      # made by assets/tiny.py
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
@@ -113,7 +113,7 @@ RECIPES = {
     "sd3.5-s5": dict(SKILL, reward="ocr", prompts="ocr", iterations=15, kl=0.3),
     "flux": dict(PREFERENCE, reward="hpsv2,pickscore,imagereward", iterations=300, updates=4, steps=16,
                  prompts_per_iteration=32, group_size=12, guidance=3.5, resolution=720, clip=1e-2, lr=1e-5,
-                 lora_rank=0, ema=0.0, micro_batch=3, shard=True, offload=True),
+                 lora_rank=0, ema=0.0, micro_batch=3, shard=True, offload=True, save_every=25),
 }
 CHOICES = dict(solver=("euler", "dpm++"), share=("both", "timestep", "noise", "none", "matched"),
                weight=("adaptive", "x", "v", "eps"), combine=("advantage", "sum"), recipe=tuple(RECIPES),
@@ -138,32 +138,33 @@ def parse_config(argv=None):
     flags = vars(parser.parse_args(argv))
     if "resume" in flags:                                          # that run's flags, under those given now
         out = flags["resume"] or flags.get("out") or fail("--resume: name the folder of a run")
-        try:
-            before = asdict(Config(**json.loads((Path(out) / "config.json").read_text())["flags"]))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            before = {}
-            if flags["resume"] or not isinstance(error, FileNotFoundError):
-                fail(f"--resume {out}: holds no run, or one of another version ({error})")
-        if before and flags.get("recipe", before["recipe"]) != before["recipe"]:
-            fail(f"--recipe: {out} keeps {before['recipe']}; start a next stage with --lora")
+        before, config = {}, Path(out) / "config.json"
+        if flags["resume"] or config.exists():                     # --out X --resume also starts X
+            with one_line(UsageError, f"--resume {out}: holds no run, or one of another version"):
+                before = asdict(Config(**json.loads(config.read_text())["flags"])) | {"out": out}
+        for name in ("out", "recipe", "updates", "lora", "lora_rank", "lora_alpha"):    # its checkpoint's
+            if name in flags and flags[name] != before.get(name, flags[name]):
+                fail(f"--{name.replace('_', '-')}: {out} keeps {before[name]}; a next stage starts by --lora")
         flags = {**before, **flags, "resume": out, "out": out}
     model = flags.get("model", Config.model)
     family = "flux" if "flux" in Path(model).name.lower() else "tiny" if model == "tiny" else "sd3.5-s1"
     recipe = flags.get("recipe", family)
+    if {"reward", "prompts"} & {*flags}:                           # then what tiny's evaluates may not fit
+        flags.setdefault("eval_reward", "")
     cfg = Config(**{**RECIPES[recipe], **flags, "recipe": recipe})
     for name, value in asdict(cfg).items():
         least = LEAST.get(name, 0)
         if not isinstance(value, (str, bool)) and not least <= value < math.inf:
             fail(f"--{name.replace('_', '-')} {value}: must be a number of at least {least}")
-    if cfg.ema >= 1:
-        fail(f"--ema {cfg.ema}: must be below 1, such as 0.9; 0 is off")
-    if cfg.resolution % 16:
-        fail(f"--resolution {cfg.resolution}: use a multiple of 16, as {cfg.resolution // 16 * 16 + 16}")
+    if not (cfg.model in MODELS or "/" in cfg.model or Path(cfg.model).is_dir()):
+        fail(f"--model {cfg.model}: give {', '.join(MODELS)}, a hub id OWNER/NAME, or a pipeline's folder")
     if cfg.lora and not cfg.resume and not (cfg.lora_rank and Path(cfg.lora).exists()):
         fail(f"--lora {cfg.lora}: must be an earlier stage's weights, and --lora-rank their rank")
     return cfg
 
-os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"} | dict(os.environ))
+MAIN = os.environ.get("RANK", "0") == "0"                          # this process prints and writes
+os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error",
+                   "TQDM_DISABLE": "" if MAIN else "1"} | dict(os.environ))
 if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]):    # help need not wait for torch
     parse_config()
 
@@ -175,7 +176,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from rewards import Rewards, RunError, UsageError, geneval_prompts, ocr_prompts
+from rewards import Rewards, RunError, UsageError, load_own, one_line, visiting
 
 # -------------------------------------------------------------------------------------------------- the paper
 
@@ -206,10 +207,9 @@ def draw_pairs(gen, sigmas, advantages, M, shape, share="both", stratified=True,
 
 def surrogate(v, o, z, t, weight="adaptive"):
     """L_hat = 1/M sum_j l(t_j, eps_j), which stands for the negative ELBO of o (Eq. 14 with "adaptive").
-    The network always predicts v; the weight says whose squared error counts: x's, or v's, which is x's / t,
-    or eps's, which is x's (1 - t) / t; or, "adaptive", x's over its own size.
-    v [B, M, ...] is the network's velocity at z [B, M, ...] = z_t, o [B, ...], t [B, M], all fp32
-    -> L_hat [B], x_theta [B, M, ...]
+    The network predicts v; the weight says whose squared error counts: x's ("adaptive": over its own size),
+    v's, which is x's / t, or eps's, which is x's (1 - t) / t. v is the velocity at z = z_t.
+    v, z [B, M, ...], o [B, ...], t [B, M], all fp32 -> L_hat [B], x_theta [B, M, ...]
     """
     s = t.reshape(*t.shape, *[1] * (z.ndim - 2))                   # t [B, M, 1, ...]
     x = z - s * v                                                  # x_theta
@@ -256,8 +256,6 @@ def vgrpo_loss(L, L_old, x, x_old, advantages, clip=0.0, kl=0.0):
 
 # ----------------------------------------------------------------------------------- ranks and random numbers
 
-MAIN = os.environ.get("RANK", "0") == "0"                          # this process prints and writes
-
 def start_ranks():
     """Join torchrun's process group, if there is one. -> rank, number of ranks, this rank's device"""
     device, here = torch.device("cpu"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -269,7 +267,7 @@ def start_ranks():
         torch.backends.cuda.matmul.allow_tf32 = True               # of what is left in fp32
     if "RANK" in os.environ and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bound)
+        dist.init_process_group(backend, timeout=timedelta(hours=3), device_id=bound)
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
 
 def layout(P, updates, rank, ranks):
@@ -293,16 +291,10 @@ def sum_over_ranks(tensor, device):
         dist.all_reduce(tensor)
     return tensor.cpu()
 
-def average_gradients(params):
-    for p in params:
-        if not isinstance(p, DTensor):                             # FSDP2 has averaged its own
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # none: text of Qwen's last block
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
-
 def shard(transformer, blocks, dtype):
     """FSDP2: a block's weights are gathered while it is computed. A LoRA stays whole, in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")      # of views: nothing works in place on them
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     lora = {p for name, p in transformer.named_parameters() if "lora_" in name}
     for module in (*blocks, transformer):
@@ -333,7 +325,8 @@ class Policy:
             raise UsageError(f"--model: {type(self.transformer).__name__} has no hidden_states and timestep")
         side = dict(height=cfg.resolution, width=cfg.resolution) if cfg.resolution else {}
         self.options = dict(options, num_inference_steps=cfg.steps, output_type="pt", **side)
-        self.learn()
+        with one_line(UsageError, f"--model: {type(pipe).__name__} at --resolution {cfg.resolution}"):
+            self.learn()
         self.options.update(self.guide(cfg.guidance))
 
     def guide(self, scale):
@@ -426,15 +419,19 @@ def load_policy(cfg, device):
     from diffusers import DiffusionPipeline
     name = MODELS.get(cfg.model, cfg.model)
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    try:
+    said = []
+    for library in ("diffusers.models", "transformers"):           # they only warn of weights a file lacks
+        logging.getLogger(library + ".modeling_utils").setLevel(logging.WARNING)
+        logging.getLogger(library + ".modeling_utils").filters = [lambda log: said.append(log.getMessage())]
+    with one_line(UsageError, f"--model {cfg.model}",
+                  f"; give {', '.join(MODELS)}, or a pipeline's hub id or folder; for a gated one accept its "
+                  "licence on the hub, then `hf auth login`"):
         index = DiffusionPipeline.load_config(name)
         absent = {part: None for part, kind in index.items() if isinstance(kind, list) and kind[0] is None}
         pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)
         transformer = pipe.transformer
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f"--model {cfg.model}: cannot load {name} ({str(error).strip().splitlines()[0]}); "
-                         f"give {', '.join(MODELS)}, or a pipeline's hub id or folder; a gated one "
-                         "wants its licence accepted on the hub and `hf auth login`") from error
+        if "newly initialized" in str(said):
+            raise UsageError(" ".join(said)[:400])
     # diffusers looks for the device anew in each call, and may look at a part that waits on the CPU
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": device})
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -470,18 +467,14 @@ def load_policy(cfg, device):
 def remember_prompts(pipe, offloaded, device):
     """pipe.encode_prompt remembers: a group's chunks repeat its prompt. Offloaded encoders come to encode."""
     encode, known = pipe.encode_prompt, {}
-    home = [(p, p.data) for encoder in offloaded for p in encoder.parameters()]
 
     def encode_prompt(*args, **kwargs):
         key = repr((args, sorted(kwargs.items())))
         if key not in known:
-            if len(known) == 32:
+            if sum(x.nbytes for kept in known.values() for x in kept if torch.is_tensor(x)) > 2 ** 28:
                 known.clear()
-            for encoder in offloaded:
-                encoder.to(device)
-            known[key] = encode(*args, **kwargs)
-            for p, data in home:                                   # they are frozen: nothing to copy back
-                p.data = data
+            with visiting(offloaded, device):
+                known[key] = encode(*args, **kwargs)
         return known[key]
 
     pipe.encode_prompt = encode_prompt
@@ -535,13 +528,13 @@ def load_weights(path, weights, cfg, flag):
     if path.is_dir():
         path /= ("pytorch_lora_weights.safetensors" if cfg.lora_rank
                  else "transformer/diffusion_pytorch_model.safetensors")
-    try:
+    with one_line(UsageError, f"{flag} {path} cannot be read (without it --resume takes the one before)"):
         stored = safe_open(path, "pt")                             # a tensor is read when it is asked for
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{flag} {path}: cannot be read ({error})") from error
     names, metadata = set(stored.keys()), stored.metadata() or {}
     adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     alpha = adapter.get("transformer.lora_alpha", cfg.lora_rank)
+    if cfg.lora_rank and (strays := names - {f"transformer.{name}.weight" for name in weights}):
+        raise UsageError(f"{flag} {path}: has {min(strays)}, which this --model does not train")
     for name, value in weights.items():
         key = f"transformer.{name}.weight" if cfg.lora_rank else name
         found = stored.get_tensor(key) if key in names else torch.empty(0)
@@ -558,8 +551,7 @@ def load_weights(path, weights, cfg, flag):
 
 def load_prompts(cfg):
     """-> items to train on, items to evaluate on; an item is a dict of "prompt" and its metadata."""
-    make = {"geneval": geneval_prompts, "ocr": ocr_prompts}.get(cfg.prompts)
-    items = make(4000, seed=0) if make else read_prompts(cfg.prompts)
+    items = read_prompts(cfg.prompts)
     held_out = min(len(items) // 10, 48)
     if held_out < 8:                                               # too few to set some apart: noise is
         return items, items[:48]
@@ -569,7 +561,10 @@ def load_prompts(cfg):
 def read_prompts(name):
     """A prompt per line; in a .jsonl an object per line, "prompt" and any metadata; hpdv2 is fetched."""
     from huggingface_hub import hf_hub_download
-    try:
+    with one_line(UsageError, f"--prompts {name}",
+                  "; give FILE.txt or FILE.jsonl in UTF-8, or shapes, geneval, ocr, hpdv2 (from the hub)"):
+        if name in ("geneval", "ocr"):                             # with the metadata that their rewards want
+            return load_own(Path(MODELS["tiny"]).with_name("prompts.py"), name)(4000, seed=0)
         if name == "hpdv2":                                        # the benchmark prompts of HPDv2
             files = [hf_hub_download("zhwang/HPDv2", f"benchmark/{style}.json", repo_type="dataset")
                      for style in ("anime", "concept-art", "paintings", "photo")]
@@ -577,20 +572,15 @@ def read_prompts(name):
             return [{"prompt": prompt} for prompt in dict.fromkeys(prompts)]
         path = Path(MODELS["tiny"], "prompts.txt") if name == "shapes" else Path(name)
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--prompts {name}: cannot be read ({str(error).splitlines()[0]}); give a FILE.txt "
-                         "or FILE.jsonl in UTF-8, or shapes, geneval, ocr, hpdv2 (from the hub)") from error
     items = []
     for number, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line) if line.strip() and ".json" in name.lower() else {"prompt": line}
+        with one_line(UsageError, f'--prompts {name}, line {number}: no object with a string "prompt"'):
+            item = json.loads(line) if line.strip() and ".json" in path.suffix else {"prompt": line}
             item["prompt"] = item["prompt"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f'--prompts {name}, line {number}: no object with a string "prompt"') from error
         items.append(item)
     if not any(item["prompt"] for item in items):
         raise UsageError(f"--prompts {name}: is empty; write a prompt per line")
-    return [item for item in items if item["prompt"]]
+    return [*{json.dumps(item): item for item in items if item["prompt"]}.values()]     # each once
 
 def pick(items, cfg, iteration, index):
     """The item of group `index`: every one is used once before any comes again."""
@@ -608,15 +598,14 @@ class Group:
     conditions: dict           # c, one row
 
 def chunks(n, cfg, rows=1):
-    """Slices of n images, a network call each. In an update an image is M rows of it, in a rollout one: there
-    rows = M, so that both have calls of the same size."""
+    """Slices of n images, a network call each; M rows an image in an update, one in a rollout: rows = M."""
     size = (cfg.micro_batch or cfg.group_size) * rows
     return [slice(first, min(first + size, n)) for first in range(0, n, size)]
 
 def collect(policy, items, G, cfg, *key):
     """Generate a group for each of {index: item}, every image from noise of its own. -> list of Group"""
     groups = []
-    for index, item in items.items():
+    for index, item in tqdm(items.items(), "images", delay=10, leave=False):
         images, latents = [], []
         for part in chunks(G, cfg, cfg.n_mc):
             noise = [generator(*key, index, i) for i in range(G)[part]]
@@ -666,10 +655,11 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
     stats = torch.zeros(4, *advantages.shape, dtype=torch.float64)
     old, norms = {}, []
     with torch.no_grad():                                          # theta_old: before the first step
-        for group, rows in itertools.product(groups[size:], parts):
+        for group, rows in [(group, rows) for group in groups[size:] for rows in parts]:
             old[group.index, rows.start] = estimate(policy, group, rows, advantages, cfg, iteration)
     for first in range(0, len(groups), size):
-        for group, rows in itertools.product(groups[first:first + size], parts):
+        batch = [(group, rows) for group in groups[first:first + size] for rows in parts]
+        for group, rows in tqdm(batch, "update", delay=10, leave=False):
             L, x = estimate(policy, group, rows, advantages, cfg, iteration)
             # In the first batch theta is theta_old: sg(L) is exact, the KL is 0 and so is its gradient.
             L_old, x_old = old.get((group.index, rows.start), (L.detach(), x.detach()))
@@ -677,8 +667,11 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
             loss, ratio, kl = vgrpo_loss(L, L_old, x, x_old, A, cfg.clip, cfg.kl)
             (loss.sum() / (size * cfg.group_size)).backward()
             stats[:, group.index, rows] = torch.stack([loss, ratio, kl, L]).detach().cpu().double()
-        if dist.is_initialized():
-            average_gradients(params)
+        for p in params:
+            if dist.is_initialized() and not isinstance(p, DTensor):            # FSDP2 has averaged its own
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # as in Qwen's last block
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
         norms.append(whole(nn.utils.clip_grad_norm_(params, cfg.grad_norm or math.inf)).item())
         if not math.isfinite(norms[-1]):
             raise RunError(f"iteration {iteration}: the gradient's norm is {norms[-1]}, stopped before the "
@@ -693,8 +686,10 @@ def update(policy, params, optimizer, ema, groups, advantages, cfg, iteration):
 
 def start_log(out, cfg, iteration):
     """Write config.json and cut metrics.jsonl to `iteration`, each by a rename. -> log(dict)"""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    tqdm.write(f"{out}: {cfg.model} with recipe {cfg.recipe}, {os.environ.get('WORLD_SIZE', 1)} x {card}")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
     config = json.dumps(dict(flags=asdict(cfg), versions=versions, commit=commit), indent=2)
     path = out / "metrics.jsonl"
@@ -703,20 +698,22 @@ def start_log(out, cfg, iteration):
     for name, text in (("config.json", config), ("metrics.jsonl", "".join(kept))):
         (out / "partial").write_text(text)
         (out / "partial").rename(out / name)
-    if find_spec("wandb") and os.environ.get("WANDB_PROJECT"):     # it asks for a login: only where wanted
+    trackers = []                                                  # a folder of that name has no origin
+    wandb, tensorboard = (getattr(find_spec(name), "origin", None) for name in ("wandb", "tensorboard"))
+    if wandb and os.environ.get("WANDB_PROJECT"):                  # it asks for a login: only where wanted
         import wandb
-        wandb.init(dir=out, id=out.name, resume="allow", config=asdict(cfg), sync_tensorboard=True)
-    board = None
-    if find_spec("tensorboard"):
+        key = str(out.resolve()).replace("/", "-")[-64:]
+        trackers.append(wandb.init(dir=out, name=out.name, id=key, resume="allow", config=asdict(cfg)).log)
+    if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(out, purge_step=iteration + 1)
+        trackers.append(lambda line: [board.add_scalar(*item, line["iteration"]) for item in line.items()])
 
     def log(values):
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
-        if board:
-            for name, value in values.items():
-                board.add_scalar(name, value, values["iteration"])
+        for tell in trackers:
+            tell(values)
 
     return log
 
@@ -739,24 +736,21 @@ def save_checkpoint(out, iteration, state, transformer, cfg):
     final = out / "checkpoints" / f"{iteration:06d}"
     partial = final.with_name("partial")
     if MAIN:
-        for folder in (partial, final):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)                 # of a run that was killed
     for name, weights in state.items():
         save_weights(partial / name, weights, transformer, cfg)
-    if not MAIN:
-        return
-    for path in partial.rglob("*.safetensors"):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    partial.rename(final)
-    for folder in sorted(final.parent.glob("[0-9]" * 6))[:-2]:
-        shutil.rmtree(folder)
+    if MAIN:
+        for path in partial.rglob("*.safetensors"):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(final)
+        for folder in sorted(final.parent.glob("[0-9]" * 6))[:-2]:
+            shutil.rmtree(folder)
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 def restore(trainable, folder, done, cfg):
-    """-> optimizer, EMA, and state {folder: {name: tensor}}, which is what a checkpoint holds; as they were
-    when `folder` was written, after `done` iterations."""
+    """-> optimizer, EMA, and state {folder: {name: tensor}}, a checkpoint's, as after `done` iterations."""
     from diffusers.training_utils import EMAModel
     if cfg.lora and not folder:
         load_weights(Path(cfg.lora), trainable, cfg, "--lora")
@@ -799,7 +793,8 @@ def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
         "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
         "clip_fraction": beyond.double().mean().item(), "kl": stats["kl"].mean().item(),
         "surrogate": L.mean().item(), "surrogate_cv": (L.std() / L.mean()).item(),
-        "surrogate_group_cv": (L.std(1) / L.mean(1)).mean().item(), "grad_norm": norm, "lr": cfg.lr,
+        "surrogate_group_cv": (L.std(1) / L.mean(1)).mean().item(), "grad_norm": norm,
+        "lr": optimizer.param_groups[0]["lr"],
         "nfe_rollout": cfg.steps, "nfe_old": cfg.n_mc - cfg.n_mc / cfg.updates, "nfe_train": cfg.n_mc,
         **{f"seconds_{part}": b - a for part, a, b in zip(("rollout", "reward", "update"), clock, clock[1:])},
         "samples_per_second": ratio.numel() / (clock[-1] - clock[0]), "peak_memory_gb": memory / 2**30,
@@ -808,6 +803,13 @@ def improve(policy, params, optimizer, ema, scorer, items, cfg, iteration):
 def train(cfg):
     rank, ranks, device = start_ranks()
     indices = layout(cfg.prompts_per_iteration, cfg.updates, rank, ranks)
+    out = Path(cfg.out or f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folders = sorted((out / "checkpoints").glob("[0-9]" * 6))
+    if (out / "config.json").exists() and not cfg.resume:
+        raise UsageError(f"--out {out}: holds a run; continue it with --resume, or name another")
+    done = int(folders[-1].name) if folders else 0
+    if sum_over_ranks(torch.tensor([done]), device).item() != done * ranks:
+        raise UsageError(f"--out {out}: must be on a disk that all machines share")
     train_items, eval_items = load_prompts(cfg)
     scorer = Rewards(cfg.reward, device, cfg.offload)
     eval_scorer = Rewards(cfg.eval_reward or cfg.reward, device, cfg.offload, share=scorer)
@@ -815,18 +817,12 @@ def train(cfg):
         judge.check([item["prompt"] for item in items], items)
     policy, trainable = load_policy(cfg, device)
     params = list(trainable.values())
-    out = Path(cfg.out or f"runs/{Path(cfg.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folders = sorted((out / "checkpoints").glob("[0-9]" * 6))
-    if folders and not cfg.resume:
-        raise UsageError(f"--out {out}: holds a run; continue it with --resume, or name another")
-    done = int(folders[-1].name) if folders else 0
-    if sum_over_ranks(torch.tensor([done]), device).item() != done * ranks:
-        raise UsageError(f"--out {out}: must be on a disk that all machines share")
     optimizer, ema, state = restore(trainable, folders[-1] if folders else None, done, cfg)
     log = start_log(out, cfg, done) if MAIN else lambda values: None
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):                 # the iteration under way is finished
-        signal.signal(number, lambda number, frame: caught.append(number))
+    caught, note = [], b"\nfinishing the iteration under way, then saving\n" if MAIN else b""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN or dist.is_initialized():     # nohup; not torchrun's
+            signal.signal(number, lambda number, frame: caught.append(number) or os.write(2, note))
 
     def look(iteration):
         averaged = params if cfg.ema else []
@@ -839,9 +835,9 @@ def train(cfg):
             save_grid(out / "samples" / f"{iteration:06d}.png", groups, table)
             tqdm.write(f"iteration {iteration}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
 
-    if not done:
-        look(0)
-    bar = tqdm(range(done + 1, cfg.iterations + 1), initial=done, total=cfg.iterations, disable=not MAIN)
+    if done in (0, cfg.iterations):                                # a finished run can be evaluated anew
+        look(done)
+    bar = tqdm(range(done + 1, cfg.iterations + 1), initial=done, total=cfg.iterations)
     for iteration in bar:
         items = {index: pick(train_items, cfg, iteration, index) for index in indices}
         metrics = improve(policy, params, optimizer, ema, scorer, items, cfg, iteration)
@@ -872,8 +868,9 @@ def main(argv=None):
         if lost:
             error = (f"rank {dist.get_rank()} lost another rank, whose message tells why; go on with "
                      f"--resume ({' '.join(str(error).split())[:300]})")
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, UsageError):
-            print(f"\nvgrpo.py: error: {error}", file=sys.stderr)
+        if isinstance(error, UsageError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)          # mostly the first rank says the same, and torchrun ends this one meanwhile
+        print(f"\nvgrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     if code:
         sys.exit(code)
