@@ -1,5 +1,6 @@
 """Tests, each against an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
 import base64
+import contextlib
 import http.server
 import inspect
 import io
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -35,6 +37,7 @@ import rewards  # noqa: E402
 import vgrpo  # noqa: E402
 
 sys.path.append(str(Path(__file__).parent / "assets"))
+import fullsize  # noqa: E402
 import tiny  # noqa: E402
 from prompts import geneval as geneval_prompts  # noqa: E402
 from prompts import ocr as ocr_prompts  # noqa: E402
@@ -1120,6 +1123,14 @@ def command(*args, ranks=0, code=HERE / "vgrpo.py", **options):
     return subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True, **options)
 
 
+@contextlib.contextmanager
+def hangups(action):
+    """What this process, and those that it starts, do at SIGHUP, whether the tests run under nohup or not."""
+    before = signal.signal(signal.SIGHUP, action)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def ranks_of(process, out, lines=3):
     """The process ids of torchrun's ranks, once the run has written some lines."""
     while not (out / "metrics.jsonl").exists() or len(metrics(out)) < lines:
@@ -1157,7 +1168,8 @@ def test_any_number_of_ranks_gives_the_numbers_of_one(tmp_path, ranks, P, flags)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_saves_and_exits(tmp_path, number):
-    process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run")
+    with hangups(signal.SIG_DFL):
+        process = command(*SMALL, "--iterations", "10000", "--save-every", "10000", "--out", tmp_path / "run")
     ranks_of(process, tmp_path / "run")
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -1171,9 +1183,8 @@ def test_a_signal_saves_and_exits(tmp_path, number):
 def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number):
     """SIGHUP is a closed terminal: torchrun passes it on under nohup too, which its ranks have inherited."""
     long = ["--iterations", "10000", "--save-every", "10000"]
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    process = command(*SMALL, *long, "--out", tmp_path / "run", ranks=2)
-    signal.signal(signal.SIGHUP, ignored)
+    with hangups(signal.SIG_IGN):
+        process = command(*SMALL, *long, "--out", tmp_path / "run", ranks=2)
     pids = ranks_of(process, tmp_path / "run")
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -1183,10 +1194,10 @@ def test_a_signal_to_torchrun_saves_and_leaves_no_process(tmp_path, number):
 
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path, monkeypatch):
-    improve, handler = vgrpo.improve, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    improve = vgrpo.improve
     monkeypatch.setattr(vgrpo, "improve", lambda *a: os.kill(os.getpid(), signal.SIGHUP) or improve(*a))
-    run(tmp_path)
-    signal.signal(signal.SIGHUP, handler)
+    with hangups(signal.SIG_IGN):
+        run(tmp_path)
     assert (tmp_path / "checkpoints" / "000002").is_dir()
 
 
@@ -1471,7 +1482,7 @@ def test_a_checkpoint_appears_whole_and_two_stay(tmp_path, monkeypatch, capsys):
 def test_a_signal_ends_the_iteration_saves_and_exits(tmp_path, monkeypatch, number):
     improve, handler = vgrpo.improve, signal.getsignal(number)
     monkeypatch.setattr(vgrpo, "improve", lambda *args: os.kill(os.getpid(), number) or improve(*args))
-    with pytest.raises(SystemExit) as end:
+    with hangups(signal.SIG_DFL), pytest.raises(SystemExit) as end:
         run(tmp_path, "--iterations", "9", "--save-every", "9")
     signal.signal(number, handler)
     assert end.value.code == 128 + number and (tmp_path / "checkpoints" / "000001").is_dir()
@@ -1718,7 +1729,53 @@ def test_the_readme_points_at_the_lines_and_tests_there_are():
         assert f"def {name}(" in tests or name == "test_vgrpo", name
     for flag in re.findall(r"`(--[a-z-]+)", readme):
         field = flag[2:].removeprefix("no-").replace("-", "_")
-        assert field in vgrpo.Config.__dataclass_fields__ or flag in ("--help", "--metadata"), flag
+        assert field in vgrpo.Config.__dataclass_fields__ or flag in ("--help", "--metadata", "--count"), flag
+
+
+# ---- the full-size networks, without contents
+
+
+def test_bytes_alive_are_counted():
+    """A linear layer of n x n: weights, then input and output, then gradients, in units of n x n numbers."""
+    n, counts = 512, []
+    with FakeTensorMode(), fullsize.Alive() as alive:
+        layer = torch.nn.Linear(n, n, bias=False)
+        counts.append(alive.now)
+        x = torch.randn(n, n)
+        y = layer(x)
+        view = y[:1]
+        counts.append(alive.now)
+        del y
+        counts.append(alive.now)                                       # the view keeps it
+        view.sum().backward()
+        del view, x
+        counts.append(alive.now)
+    assert [round(count / (4 * n * n), 1) for count in counts] == [1, 3, 3, 2] and alive.peak > 3 * 4 * n * n
+
+
+@pytest.mark.parametrize("model, size", [("sd3.5-medium", 2243171520), ("sd3.5-large", 8056627520),
+                                         ("flux.1-dev", 11901408320)])
+def test_the_full_size_networks_have_their_numbers(model, size):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    pipe = fullsize.build(vgrpo.parse_config(["--model", model]), fake, fake, fake, 99)
+    parts = [sum(p.numel() for p in part.parameters()) for name, part in pipe.components.items()
+             if name == "transformer" or name.startswith("text_encoder")]
+    text = [123060480] if model == "flux.1-dev" else [123650304, 694659840]
+    assert sorted(parts) == sorted([*text, 4762310656, size])
+
+
+@pytest.mark.slow
+def test_a_count_follows_its_flags(capsys):
+    """An update needs less with fewer rows; all but the encoding, less what the encoders weigh when away."""
+    told = []
+    for flags in (["--micro-batch", "2"], ["--micro-batch", "1", "--offload"]):
+        fullsize.count(vgrpo.parse_config(["--model", "sd3.5-medium", *flags]), 2)
+        out = capsys.readouterr().out
+        told.append({name: float(gb) for name, gb in re.findall(r"^(\w+): ([\d.]+) GB", out, re.M)})
+    text = float(re.search(r"([\d.]+) of them text", out)[1])
+    two, one = told
+    assert two["encode"] == one["encode"] and two["decode"] - one["decode"] == pytest.approx(text, abs=0.11)
+    assert two["update"] - one["update"] > text + 0.5 and one["rollout"] > 2 * 2243171520 / 2 ** 30
 
 
 # ---- the tiny pipeline learns
@@ -2640,7 +2697,6 @@ def test_reward_bad_specs_end_in_one_line(own_rewards, monkeypatch, spec, messag
     assert str(error.value).startswith("--reward") and "\n" not in str(error.value)
 
 def test_reward_missing_weights_are_named(reward_hub, tmp_path):
-    from safetensors.torch import load_file, save_file
     small_clip().save_pretrained(tmp_path)
     save_small_tokenizer(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
