@@ -1692,7 +1692,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(tmp_path, monkeypatc
 
 
 def test_prompt_files(tmp_path):
-    (tmp_path / "a.txt").write_text("  one \n\ntwo\n")
+    (tmp_path / "a.txt").write_text("  one \n\ntwo\none\n")             # an item twice counts once
     assert vgrpo.read_prompts(str(tmp_path / "a.txt")) == [{"prompt": "one"}, {"prompt": "two"}]
     (tmp_path / "a.jsonl").write_text('{"prompt": "one", "tag": "x"}\n\n')
     assert vgrpo.read_prompts(str(tmp_path / "a.jsonl")) == [{"prompt": "one", "tag": "x"}]
@@ -2632,6 +2632,8 @@ def inf(images, prompts, metadata):
     return 1 / torch.zeros(len(images))
 def meta(images, prompts, metadata):
     return torch.zeros(len(images), device="meta")
+def huge(images, prompts, metadata):
+    return torch.full((len(images),), 1e300, dtype=torch.float64)
 def double(images, prompts, metadata):
     return torch.full((len(images),), 0.1, dtype=torch.float64)
 class Judge:
@@ -2666,7 +2668,8 @@ def test_reward_the_users_own(own_rewards):
 
 @pytest.mark.parametrize("name, message", [
     ("raises", "KeyError: 'no such"), ("shape", r"\[3, 1\]"), ("scalar", "zero-dimensional"),
-    ("integer", "int64"), ("a_list", "list"), ("inf", "inf"), ("meta", "meta")])
+    ("integer", "int64"), ("a_list", "list"), ("inf", "inf"), ("huge", "float64"),
+    ("meta", "meta")])
 def test_reward_a_reward_that_fails_is_named(own_rewards, name, message):
     with pytest.raises(R.RunError, match=message) as error:
         rewards = R.Rewards(f"incompressibility,{own_rewards}:{name}")

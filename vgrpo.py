@@ -820,8 +820,8 @@ def train(cfg):
     optimizer, ema, state = restore(trainable, folders[-1] if folders else None, done, cfg)
     log = start_log(out, cfg, done) if MAIN else lambda values: None
     caught, note = [], b"\nfinishing the iteration under way, then saving\n" if MAIN else b""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN or dist.is_initialized():     # nohup; not torchrun's
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # nohup's SIGHUP is ignored, not torchrun's
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN or dist.is_initialized():
             signal.signal(number, lambda number, frame: caught.append(number) or os.write(2, note))
 
     def look(iteration):
