@@ -11,8 +11,8 @@ import rewards  # noqa: E402
 import vgrpo  # noqa: E402
 
 
-def measure(repeats, *flags):
-    """Medians over interleaved repeats of three things -> their seconds, the first two over the second.
+def prepare(*flags):
+    """-> a function that measures the seconds of three things, one after the other.
     iteration: improve(), whole. bare: its transformer calls on the same inputs, forward and backward, and no
     more. loop: improve() with a transformer and a VAE that answer at once: the loop, the sampler, the reward.
     """
@@ -59,15 +59,19 @@ def measure(repeats, *flags):
         work()
         return time.perf_counter() - start
 
-    rows = [[seconds(work) for work in (iteration, bare, loop)] for _ in range(repeats)]
-    whole, bare_calls, own = (statistics.median(column) for column in zip(*rows))
-    return whole, bare_calls, own, statistics.median(row[0] / row[1] for row in rows)
+    return lambda: [seconds(work) for work in (iteration, bare, loop)]
 
 
 if __name__ == "__main__":
     paper = "--prompts-per-iteration 6 --group-size 24 --steps 10 --n-mc 4 --solver euler --share both"
-    for flags in ("", paper, "--steps 12", "--n-mc 4", "--group-size 24"):
-        whole, bare_calls, own, ratio = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 25, *flags.split())
+    settings = ("", paper, "--steps 12", "--n-mc 4", "--group-size 24")
+    measures, rows = [prepare(*flags.split()) for flags in settings], {flags: [] for flags in settings}
+    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 25):         # in turn: a machine's speed drifts
+        for flags, measure in zip(settings, measures):
+            rows[flags].append(measure())
+    for flags, times in rows.items():
+        whole, bare_calls, own = (statistics.median(column) for column in zip(*times))
+        ratio = statistics.median(row[0] / row[1] for row in times)
         print(f"{flags or 'tiny recipe'}: iteration {whole:.3f} s, its bare transformer calls "
               f"{bare_calls:.3f} s, ratio {ratio:.3f}; without transformer and VAE {own:.3f} s, which is "
               f"{own / bare_calls:.3f} of the bare calls")
