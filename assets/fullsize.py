@@ -209,6 +209,8 @@ def main():
         "--updates", "1", "--prompts-per-iteration", str(ranks), *flags])
     if args.count:
         return count(cfg, args.text_layers)
+    if args.cap and device.type != "cuda":
+        raise SystemExit("--cap: there is no GPU here")
     if args.cap:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(args.cap * 2 ** 30 / total)
