@@ -509,7 +509,7 @@ def listen(policy, prompts, generators):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
-@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("width", [32, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
 @FAMILIES
 def test_every_family_velocity_is_what_the_pipeline_used(family, solver, width, guidance):
@@ -996,6 +996,7 @@ def go_elsewhere():
         print(json.dumps(two_iterations("elsewhere:0")))
 
 
+@pytest.mark.slow
 def test_a_run_on_another_device_mixes_no_tensors_and_gives_the_cpus_numbers():
     """What a GPU would refuse is refused here too. In a process of its own, which is given a new device."""
     code = "import test_vgrpo; test_vgrpo.go_elsewhere()"
@@ -1056,6 +1057,7 @@ def test_trackers_are_told_what_the_file_is_told(tmp_path, monkeypatch):
     assert len(set(started)) == 2 and logged == [line, line] and len(told) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "4", "--lora-alpha", "3", "--updates", "2",
                                          "--kl", "0.1")])
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, flags):
@@ -2779,6 +2781,7 @@ def test_reward_shapes():
         with pytest.raises(R.RunError, match="reward shapes.*has no word of each.*triangle"):
             rewards(images[:2], prompts[:1] + [bad], [{}] * 2)
 
+@pytest.mark.slow
 def test_reward_command_line(own_rewards, tmp_path):
     for i, picture in enumerate(reward_noise(2, 8, 12)):
         Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
