@@ -3,7 +3,7 @@
 Generate a group of images per prompt with any ODE sampler, score them, and follow GRPO's clipped objective.
 In place of the intractable log-likelihood stands an ELBO: minus the denoising loss of the final image, a mean
 over a few timestep-noise pairs. Shared pairs, stratified timesteps and a self-normalised weight make it
-stable; a ratio clip, a KL to theta_old or a soft clip of the advantages bounds the step.
+stable. A ratio clip, a KL to theta_old or a soft clip of the advantages bounds the step.
 
     python vgrpo.py                                              # the tiny model, on a laptop, minutes
     torchrun --nproc_per_node=8 vgrpo.py --model sd3.5-medium    # the paper's stage 1
@@ -17,7 +17,7 @@ Where this file departs from the paper:
     --share matched (see draw_pairs) is ours too, and the paper's recipes do not use it.
  2. Where M does not divide the sampler's grid, a point between two strata belongs to both in proportion.
  3. A floor of 1e-5 in the weight's denominator. A group's std divides by G, not G - 1, and 1e-6 is added to
-    it; equal or missing rewards: A = 0. Several rewards: the mean of their advantages, so a std below 1.
+    it. Equal or missing rewards: A = 0. Several rewards: the mean of their advantages, so a std below 1.
  4. An iteration's first step is at theta_old itself, where L_hat(theta_old) is sg(L_hat(theta)) exactly: its
     theta_old pass is dropped. With --updates U each step takes its own P/U whole groups.
  5. Eq. 14 prints a sum of squares over d; here it is a mean, as in the paper's code. Eq. 16's KL is a mean
@@ -528,7 +528,7 @@ def load_weights(path, weights, cfg, flag):
     if path.is_dir():
         path /= ("pytorch_lora_weights.safetensors" if cfg.lora_rank
                  else "transformer/diffusion_pytorch_model.safetensors")
-    with one_line(UsageError, f"{flag} {path} cannot be read (without it --resume takes the one before)"):
+    with one_line(UsageError, f"{flag} {path} cannot be read, name another (--resume: delete this one)"):
         stored = safe_open(path, "pt")                             # a tensor is read when it is asked for
     names, metadata = set(stored.keys()), stored.metadata() or {}
     adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))

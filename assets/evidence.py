@@ -6,6 +6,7 @@
 """
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def one_run(job):
     command = [sys.executable, HERE.parent / "vgrpo.py", "--out", out, "--seed", str(seed)]
     command += ["--save-every", "1000"]
     if not last.exists():
+        shutil.rmtree(out, ignore_errors=True)             # what was cut off begins anew
         command += [] if flags is None else f"{PAPER} {flags}".split()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.run(command, capture_output=True, text=True, env=environment)
