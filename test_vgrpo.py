@@ -1,10 +1,8 @@
-"""The method and the program, sentence by sentence: each test proves what its docstring says, against
-an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
-import base64
+"""The method and the program, sentence by sentence: a test proves what its docstring says,
+against an independent computation.  pytest; pytest -m "not slow" for the edit loop."""
 import contextlib
 import http.server
 import inspect
-import io
 import json
 import math
 import os
@@ -20,7 +18,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"                # read when the hub's library is imported
+os.environ["OMP_NUM_THREADS"] = "1"               # for the processes that tests start
+torch.set_num_threads(1)                          # small networks gain nothing from a second
 
 import rewards  # noqa: E402
 import vgrpo  # noqa: E402
@@ -38,7 +37,8 @@ from extras import small_pipelines, tiny_world  # noqa: E402
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
-TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_second", "peak_memory_gb")
+TIMES = ("seconds_rollout", "seconds_reward", "seconds_update", "samples_per_second",
+         "peak_memory_gb")
 SMALL = ["--iterations", "2", "--prompts-per-iteration", "4", "--group-size", "3", "--steps", "3",
          "--n-mc", "2", "--save-every", "1", "--eval-reward", "", "--reward", f"{__file__}:redness"]
 
@@ -59,7 +59,8 @@ def load(*flags):
 
 def run(out, *flags):
     """A small run in this process -> its lines of metrics, without times."""
-    stops = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    stops = {number: signal.getsignal(number) for number in numbers}
     try:
         vgrpo.main([*SMALL, "--out", str(out), *flags])
     finally:
@@ -86,7 +87,8 @@ GRID = torch.linspace(1, 0.1, 10)
 
 def drawn(share="none", M=4, A=(0.0,) * 6, **flags):
     """The pairs of a group whose images have these advantages."""
-    return vgrpo.group_pairs(rng(0), GRID, M, (3, 2), torch.tensor(A), share, **flags)
+    A = torch.tensor(A)
+    return vgrpo.group_pairs(rng(0), GRID, M, (3, 2), A, share, **flags)
 
 @pytest.mark.parametrize("M", [3, 4, 20])
 def test_strata(M):
@@ -94,68 +96,101 @@ def test_strata(M):
     standard normal."""
     draws = [vgrpo.draw_pairs(rng(i), GRID, M, (5,)) for i in range(1000)]
     t = torch.stack([t for t, _ in draws])
-    index = torch.round(10 * (1 - t)).long()
-    for j in range(M):
-        assert index[:, j].min() == j * 10 // M
-        assert index[:, j].max() == math.ceil((j + 1) * 10 / M) - 1
-    often = torch.bincount(index.flatten()) / index.numel()
-    assert (often - 0.1).abs().max() < 5 * math.sqrt(0.1 / index.numel())
     noise = torch.stack([eps for _, eps in draws])
-    assert noise.mean().abs() < 0.05 and (noise.std() - 1).abs() < 0.05
+    steps = torch.round(10 * (1 - t)).long()              # t's places in the grid: 0 ... 9
+    for j in range(M):
+        first = j * 10 // M
+        last = math.ceil((j + 1) * 10 / M) - 1
+        stratum = steps[:, j]
+        assert stratum.min() == first
+        assert stratum.max() == last
+    count = steps.numel()
+    often = torch.bincount(steps.flatten()) / count
+    farthest = (often - 0.1).abs().max()
+    assert farthest < 5 * math.sqrt(0.1 / count)
+    assert noise.mean().abs() < 0.05
+    assert (noise.std() - 1).abs() < 0.05
 
 @pytest.mark.parametrize("stratified", [True, False])
 def test_strata_are_independent(stratified):
     """Two strata are drawn apart; without strata any two steps may come."""
-    draws = [vgrpo.draw_pairs(rng(i), GRID, 2, (1,), stratified)[0] for i in range(1000)]
-    distances = {round(10 * (t[0] - t[1]).item()) for t in draws}
-    assert distances == set(range(1, 10) if stratified else range(-9, 10))
+    distances = set()
+    for i in range(1000):
+        t, _ = vgrpo.draw_pairs(rng(i), GRID, 2, (1,), stratified)
+        first, second = t.tolist()
+        distances.add(round(10 * (first - second)))
+    possible = range(1, 10) if stratified else range(-9, 10)
+    assert distances == set(possible)
 
 @pytest.mark.parametrize("M", [4, 5])
 def test_antithetic_noise(M):
     """Neighbours have opposite noise; the timesteps and an odd last pair stay as they are."""
     t, eps = drawn("none", M)
     plain_t, plain = drawn("none", M, antithetic=False)
-    assert torch.equal(eps[:, 1:4:2], -eps[:, 0:4:2])
+    left = eps[:, 0:4:2]
+    right = eps[:, 1:4:2]
+    assert torch.equal(right, -left)
     assert torch.equal(eps[:, 0::2], plain[:, 0::2])
     assert torch.equal(t, plain_t)
     assert not torch.equal(plain[:, 1], -plain[:, 0])
 
 @pytest.mark.parametrize("share, sets_of_t, sets_of_eps", [
-    ("both", 1, 1), ("batch", 1, 1), ("timestep", 1, 6), ("noise", 6, 1), ("none", 6, 6)])
+    ("both", 1, 1),
+    ("batch", 1, 1),
+    ("timestep", 1, 6),
+    ("noise", 6, 1),
+    ("none", 6, 6),
+])
 def test_sharing(share, sets_of_t, sets_of_eps):
     """A group shares what --share says; its first image has the paper's pairs."""
     t, eps = drawn(share, stratified=False)
-    assert t.shape == (6, 4) and eps.shape == (6, 4, 3, 2)
+    assert t.shape == (6, 4)
+    assert eps.shape == (6, 4, 3, 2)
     assert len(t.unique(dim=0)) == sets_of_t
     assert len(eps.unique(dim=0)) == sets_of_eps
     paper_t, paper_eps = vgrpo.draw_pairs(rng(0), GRID, 4, (3, 2), stratified=False)
-    assert torch.equal(t[0], paper_t) and torch.equal(eps[0], paper_eps)
+    assert torch.equal(t[0], paper_t)
+    assert torch.equal(eps[0], paper_eps)
 
 @pytest.mark.parametrize("A, partners", [
-    ([0.3, -1, 2, 0.5, -2, 0], [5, 3, 4, 1, 2, 0]), ([1.0, -1, 0, 2, -2], [1, 0, 2, 4, 3])])
+    ([0.3, -1, 2, 0.5, -2, 0], [5, 3, 4, 1, 2, 0]),
+    ([1.0, -1, 0, 2, -2], [1, 0, 2, 4, 3]),
+])
 def test_matched_sharing(A, partners):
     """The best image has the pairs of the worst, the second best those of the second worst."""
     t, eps = drawn("matched", 8, A)
-    assert torch.equal(t, t[partners]) and torch.equal(eps, eps[partners])
-    assert len(t.unique(dim=0)) == len(eps.unique(dim=0)) == (len(A) + 1) // 2
+    assert torch.equal(t, t[partners])
+    assert torch.equal(eps, eps[partners])
+    couples = (len(A) + 1) // 2
+    assert len(t.unique(dim=0)) == couples
+    assert len(eps.unique(dim=0)) == couples
 
 @pytest.mark.parametrize("weight", ["adaptive", "x", "v", "eps"])
 def test_surrogate(weight):
     """Equation 14 and its gradient are those of a plain loop over z_t = (1 - t) o + t eps, in which
     the adaptive weight's denominator is a number: no gradient goes through it."""
-    o, v = normal(1, 3, 2), normal(1, 4, 3, 2, key=1).requires_grad_()
+    o = normal(1, 3, 2)
+    v = normal(1, 4, 3, 2, key=1).requires_grad_()
     t, eps = drawn(A=[0.0])
-    L, x = vgrpo.surrogate(v, o, vgrpo.add_noise(o[:, None], t, eps), t, weight)
+    z = vgrpo.add_noise(o[:, None], t, eps)
+    L, x = vgrpo.surrogate(v, o, z, t, weight)
+
     total = 0.0
-    for j, s in enumerate(t[0]):
-        z = (1 - s) * o[0] + s * eps[0, j]
-        x_hat = z - s * v[0, j]
-        eps_hat = z + (1 - s) * v[0, j]
-        errors = {"v": v[0, j] - (eps[0, j] - o[0]), "eps": eps_hat - eps[0, j]}
-        error = errors.get(weight, x_hat - o[0])
+    image = o[0]
+    for s, v_j, eps_j, x_j in zip(t[0], v[0], eps[0], x[0], strict=True):
+        z_j = (1 - s) * image + s * eps_j
+        x_hat = z_j - s * v_j
+        eps_hat = z_j + (1 - s) * v_j
+        if weight == "v":
+            error = v_j - (eps_j - image)
+        elif weight == "eps":
+            error = eps_hat - eps_j
+        else:
+            error = x_hat - image
         size = error.abs().mean().item() if weight == "adaptive" else 1
         total = total + error.square().mean() / size / 4
-        assert torch.allclose(x[0, j], x_hat, atol=1e-6)
+        assert torch.allclose(x_j, x_hat, atol=1e-6)
+
     assert L.item() == pytest.approx(total.item(), rel=1e-5)
     mine, = torch.autograd.grad(L, v)
     theirs, = torch.autograd.grad(total, v)
@@ -163,57 +198,82 @@ def test_surrogate(weight):
 
 def test_a_perfect_prediction():
     """Its loss is 0 and has no gradient: the adaptive weight's denominator is at least 1e-5."""
-    o, z, t = torch.zeros(1, 3), torch.zeros(1, 1, 3), torch.ones(1, 1)
+    o = torch.zeros(1, 3)
+    z = torch.zeros(1, 1, 3)
+    t = torch.ones(1, 1)
     v = z.clone().requires_grad_()
     L, _ = vgrpo.surrogate(v, o, z, t)
     L.backward()
-    assert L == 0 and not v.grad.any()
+    assert L == 0
+    assert not v.grad.any()
     nearly, _ = vgrpo.surrogate(z + 1e-6, o, z, t)
     assert nearly.item() == pytest.approx(1e-12 / 1e-5)
 
 def test_advantages():
     """They count standard deviations from the group's mean; an image without a score gets 0."""
-    A = vgrpo.group_advantages(torch.tensor([[1.0, 2.0, 3.0, 6.0], [1.0, math.nan, 3.0, 2.0]]))
-    assert torch.allclose(A[0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5))
-    assert torch.allclose(A[1], torch.tensor([-1.0, 0.0, 1.0, 0.0]) * math.sqrt(1.5))
-    assert not vgrpo.group_advantages(torch.full((2, 3), math.nan)).any()
+    scores = torch.tensor([
+        [1.0, 2.0, 3.0, 6.0],                             # mean 3, variance 3.5
+        [1.0, math.nan, 3.0, 2.0],                        # mean 2, variance 2 / 3
+    ])
+    from_mean = torch.tensor([
+        [-2.0, -1.0, 0.0, 3.0],
+        [-1.0, 0.0, 1.0, 0.0],
+    ])
+    A = vgrpo.group_advantages(scores)
+    assert torch.allclose(A[0], from_mean[0] / math.sqrt(3.5))
+    assert torch.allclose(A[1], from_mean[1] * math.sqrt(1.5))
+    unscored = torch.full((2, 3), math.nan)
+    assert not vgrpo.group_advantages(unscored).any()
 
 @pytest.mark.parametrize("scale", [1e6, 1.0, 1e-6, -1.0])
 def test_equal_rewards(scale):
     """A scorer's rounding, relative to its scores, is no opinion; a thousandth is one."""
     rounding = 0.8 + 1e-7 * torch.arange(1, 52, 10).double()        # .8000001 ... .8000051
     A = vgrpo.group_advantages(scale * rounding)
-    assert not A.any() and A.dtype == torch.float32
-    A = vgrpo.group_advantages(scale * torch.tensor([1.0, 1.001]).double())
-    assert torch.allclose(A.sort()[0], torch.tensor([-1.0, 1.0]))
+    assert not A.any()
+    assert A.dtype == torch.float32
+    thousandth = torch.tensor([1.0, 1.001]).double()
+    A = vgrpo.group_advantages(scale * thousandth)
+    lower_first, _ = A.sort()
+    assert torch.allclose(lower_first, torch.tensor([-1.0, 1.0]))
     assert not vgrpo.group_advantages(torch.zeros(6)).any()
 
 def test_several_rewards():
     """They are averaged by weight; one of weight 0 has no say, even if it says NaN."""
-    R, weights = normal(3, 2, 5), torch.tensor([3.0, 1.0, 0.0])
+    R = normal(3, 2, 5)
     R[2] = math.nan
-    assert torch.allclose(vgrpo.weighted_mean(R, weights), 0.75 * R[0] + 0.25 * R[1])
+    weights = torch.tensor([3.0, 1.0, 0.0])
+    mean = vgrpo.weighted_mean(R, weights)
+    assert torch.allclose(mean, 0.75 * R[0] + 0.25 * R[1])
 
 def test_soft_clip():
     """It is eta tanh(A / eta); eta = 0 leaves A as it is."""
     A = torch.linspace(-50, 50, 101)
     soft = [3 * math.tanh(a / 3) for a in A.tolist()]
-    assert torch.allclose(vgrpo.soft_clip(A, 3.0), torch.tensor(soft))
+    soft = torch.tensor(soft)
+    assert torch.allclose(vgrpo.soft_clip(A, 3.0), soft)
     assert torch.equal(vgrpo.soft_clip(A, 0.0), A)
 
 @pytest.mark.parametrize("A", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.95, 0.995, 1.0, 1.005, 1.05])
 def test_clipped_objective(A, ratio):
     """The clip stops the gradient only where the ratio has gone the way that A asks for."""
+    L_old = torch.tensor([0.7])
     L = torch.tensor([0.7 - math.log(ratio)], requires_grad=True)
-    L_old, advantage = torch.tensor([0.7]), torch.tensor([A])
+    advantage = torch.tensor([A])
     loss, rho = vgrpo.clipped_objective(L, L_old, advantage, 0.01)
     loss.sum().backward()
-    beyond = ratio > 1.01 if A > 0 else ratio < 0.99
-    bounded = min(max(ratio, 0.99), 1.01) if beyond else ratio
+
+    if A > 0:
+        beyond = ratio > 1.01
+        bounded = min(ratio, 1.01)
+    else:
+        beyond = ratio < 0.99
+        bounded = max(ratio, 0.99)
+    slope = 0 if beyond else ratio * A
     assert rho.item() == pytest.approx(ratio)
     assert loss.item() == pytest.approx(-bounded * A)
-    assert L.grad.item() == pytest.approx(0 if beyond else ratio * A)
+    assert L.grad.item() == pytest.approx(slope)
     free, _ = vgrpo.clipped_objective(L, L_old, advantage)
     assert free.item() == pytest.approx(-ratio * A)
 
@@ -222,7 +282,8 @@ def test_simple_kl():
     x = normal(1, 3, 4).requires_grad_()
     kl = vgrpo.simple_kl(x, x.detach())
     kl.backward()
-    assert kl == 0 and not x.grad.any()
+    assert kl == 0
+    assert not x.grad.any()
     other = normal(1, 3, 4, key=1)
     mean = (x - other).square().mean()
     assert vgrpo.simple_kl(x, other).item() == pytest.approx(mean.item())
@@ -230,15 +291,21 @@ def test_simple_kl():
 # ---- the rollout
 
 PROMPT, OTHER = "a red circle on the left", "a blue bar on the right"
-# What the policy does not serve yet. A family that leaves this list is tested as the others are.
-NOT_YET = {"omnigen", "lumina_next", "qwen_image21", *small_pipelines.FRAMES}
+# Each is refused in one line; the last for its VAE, which diffusers slices wrongly.
+UNSERVED = ["omnigen", "lumina_next", "qwen_image21", "mochi", "easyanimate"]
+# diffusers loads no LoRA into these.
+NO_LORA = ["hunyuan_image", "prx", "bria", "glm_image", "longcat_image", "nucleus_image",
+           "ovis_image", "hunyuan_video15", "motif_video"]
 GUIDANCE = {"prx": "0"}               # diffusers can guide only one image of it at a time
-SERVED = [name for name in small_pipelines.FAMILIES if name not in NOT_YET]
+SERVED = [name for name in small_pipelines.FAMILIES if name not in UNSERVED]
 
 def mostly_slow(names):
     """Two kinds of network for the edit loop, the others when there is time."""
-    quick = ("sd3", "lumina2")
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+    cases = []
+    for name in names:
+        marks = [] if name in ("sd3", "lumina2") else pytest.mark.slow
+        cases.append(pytest.param(name, marks=marks))
+    return cases
 
 EVERY_FAMILY = pytest.mark.parametrize("name", mostly_slow(SERVED))
 
@@ -249,9 +316,11 @@ def small(name="sd3", *flags, pipe=None):
     video = ["--frames", str(frames)] if frames else []
     cfg = vgrpo.parse_config([*SMALL, "--model", "a/small", "--recipe", "tiny", "--ema", "0",
                               "--resolution", "32", *video, *flags])
+    dtype = vgrpo.DTYPES[cfg.dtype]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vgrpo, "load_pipeline", lambda cfg: pipe.to(vgrpo.DTYPES[cfg.dtype]))
-        return cfg, *vgrpo.load_policy(cfg, CPU)
+        patch.setattr(vgrpo, "load_pipeline", lambda cfg: pipe.to(dtype))
+        policy, trainable = vgrpo.load_policy(cfg, CPU)
+    return cfg, policy, trainable
 
 def noise(n=2):
     return [rng("noise", i) for i in range(n)]
@@ -268,43 +337,62 @@ def scored_by(score, **weights):
     return scorer
 
 def how_red(images, prompts):
-    return {"red": images[:, 0].float().mean((1, 2))}
+    red = images.select(-3, 0).float()                    # of pictures or videos
+    return {"red": red.flatten(1).mean(1)}
 
 def test_collect():
     """An image is made by its own noise, of its index and its group's, whatever the calls' size."""
     cfg, policy, _ = small("sd3", "--micro-batch", "1")
-    generate, sizes = policy.generate, []
-    policy.generate = lambda prompt, rngs: sizes.append(len(rngs)) or generate(prompt, rngs)
+    generate = policy.generate
+    sizes = []
+
+    def counted(prompt, rngs):
+        sizes.append(len(rngs))
+        return generate(prompt, rngs)
+
+    policy.generate = counted
     groups = vgrpo.collect(policy, items(4, 1), 3, cfg, "key")
     assert sizes == [2, 1, 2, 1]                          # as many rows as in a call of an update
     assert {group.index: group.item for group in groups} == items(4, 1)
     for index, group in zip((4, 1), groups):
         rngs = [vgrpo.generator("key", index, image) for image in range(3)]
         images, latents, _ = generate(group.item["prompt"], rngs)
+        distance = (group.images.int() - images).abs()
         assert torch.allclose(group.latents, latents, atol=1e-5)
-        assert (group.images.int() - images).abs().max() <= 1
+        assert distance.max() <= 1
 
 def test_score():
     """A score lies where its reward, its group's index and its image's place say: [K, P, G]."""
     pixels = torch.arange(6).view(2, 3, 1, 1, 1)
-    groups = [vgrpo.Group(index, {"prompt": str(index)}, images, None, None)
-              for index, images in zip((1, 0), pixels)]
+    groups = [
+        vgrpo.Group(1, {"prompt": "1"}, pixels[0], None, None),
+        vgrpo.Group(0, {"prompt": "0"}, pixels[1], None, None),
+    ]
 
     def score(images, prompts):
-        return {"a": images.flatten(), "b": torch.tensor([float(word) for word in prompts])}
+        numbers = [float(word) for word in prompts]
+        return {"a": images.flatten(), "b": torch.tensor(numbers)}
 
     table = vgrpo.score(scored_by(score, a=1.0, b=1.0), groups)
     assert table.dtype == torch.float64
-    assert table.tolist() == [[[3, 4, 5], [0, 1, 2]], [[0, 0, 0], [1, 1, 1]]]
+    assert table.tolist() == [
+        [[3, 4, 5], [0, 1, 2]],
+        [[0, 0, 0], [1, 1, 1]],
+    ]
 
 def test_a_reward_that_scores_nothing():
     """It ends the run, unless its weight is 0; a reward may leave out some images."""
-    groups = [vgrpo.Group(0, {"prompt": "a"}, torch.zeros(2, 3, 2, 2), None, None)]
-    scores = {"some": torch.tensor([1.0, math.nan]), "dead": torch.full((2,), math.nan)}
-    table = vgrpo.score(scored_by(lambda *_: scores, some=1.0, dead=0.0), groups)
+    images = torch.zeros(2, 3, 2, 2)
+    groups = [vgrpo.Group(0, {"prompt": "a"}, images, None, None)]
+
+    def score(images, prompts):
+        some = torch.tensor([1.0, math.nan])
+        return {"some": some, "dead": torch.full((2,), math.nan)}
+
+    table = vgrpo.score(scored_by(score, some=1.0, dead=0.0), groups)
     assert table.isnan().sum() == 3
     with pytest.raises(rewards.RunError, match="dead.*could not score any image"):
-        vgrpo.score(scored_by(lambda *_: scores, some=1.0, dead=0.1), groups)
+        vgrpo.score(scored_by(score, some=1.0, dead=0.1), groups)
 
 # ---- the update
 
@@ -312,7 +400,8 @@ class Descent(torch.optim.SGD):
     """Gradient descent that keeps where each step stood and what gradient it was given."""
     def __init__(self, trainable, lr):
         super().__init__(trainable.values(), lr=lr)
-        self.thetas, self.gradients = [], []
+        self.thetas = []
+        self.gradients = []
 
     def step(self):
         params = self.param_groups[0]["params"]
@@ -323,24 +412,31 @@ class Descent(torch.optim.SGD):
 def training(*flags, name="sd3", lr=0.0):
     """A rollout of four groups, which a rank may hold in any order, and what an update takes."""
     cfg, policy, trainable = small(name, "--grad-norm", "0", *flags)
-    run = SimpleNamespace(cfg=cfg, policy=policy, params=[*trainable.values()], A=normal(4, 3))
+    run = SimpleNamespace(cfg=cfg, policy=policy)
+    run.params = list(trainable.values())
+    run.A = normal(4, 3)
     run.groups = vgrpo.collect(policy, items(2, 0, 3, 1), 3, cfg, "training")
     run.pairs = {}
     for group in run.groups:
-        grid, shape = group.conditions.grid, group.latents.shape[1:]
-        run.pairs[group.index] = vgrpo.group_pairs(
-            rng("pairs", group.index), grid, cfg.n_mc, shape, run.A[group.index], "none")
-    run.descent, no_ema = Descent(trainable, lr), SimpleNamespace(step=lambda params: None)
+        index = group.index
+        grid = group.conditions.grid
+        shape = group.latents.shape[1:]
+        run.pairs[index] = vgrpo.group_pairs(
+            rng("pairs", index), grid, cfg.n_mc, shape, run.A[index], "none")
+    run.descent = Descent(trainable, lr)
+    no_ema = SimpleNamespace(step=lambda params: None)
     run.learner = vgrpo.Learner(policy, trainable, run.descent, no_ema)
     run.update = lambda: vgrpo.update(run.learner, run.groups, run.A, run.pairs, cfg)
     return run
 
 def estimate(run, group, rows=slice(0, 3)):
-    return vgrpo.estimate(run.policy, group, rows, run.pairs[group.index], run.cfg)
+    pairs = run.pairs[group.index]
+    return vgrpo.estimate(run.policy, group, rows, pairs, run.cfg)
 
 def assert_same_gradients(mine, theirs):
     for a, b in zip(mine, theirs, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item() + 1e-8)
+        largest = b.abs().max().item()
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * largest + 1e-8)
 
 @torch.no_grad()
 def test_estimate():
@@ -349,14 +445,18 @@ def test_estimate():
     group = run.groups[1]
     L, x = estimate(run, group, slice(1, 3))
     t, eps = run.pairs[group.index]
+    o = group.latents[2]                                  # row 1 of the rows that were asked for
     losses = []
     for j in range(2):
-        o, s = group.latents[2], t[2, j]
+        s = t[2, j]
         z = (1 - s) * o + s * eps[2, j]
-        x_hat = z - s * run.policy.velocity(z[None], s[None], group.conditions)[0]
+        v = run.policy.velocity(z[None], s[None], group.conditions)
+        x_hat = z - s * v[0]
+        error = x_hat - o
+        losses.append(error.square().mean().item())
         assert torch.allclose(x[1, j], x_hat, atol=1e-5)
-        losses.append((x_hat - o).square().mean().item())
-    assert L[1].item() == pytest.approx(sum(losses) / 2, rel=1e-4)
+    mean = sum(losses) / 2
+    assert L[1].item() == pytest.approx(mean, rel=1e-4)
 
 @pytest.mark.parametrize("beta", ["0", pytest.param("0.3", marks=pytest.mark.slow)])
 def test_old_estimates(beta):
@@ -364,80 +464,119 @@ def test_old_estimates(beta):
     run = training("--kl", beta)
     parts = [(group, slice(1, 3)) for group in run.groups]
     old = vgrpo.old_estimates(run.policy, parts, run.pairs, run.cfg)
-    assert not any(L.requires_grad for L, _ in old.values())
-    assert [x is None for _, x in old.values()] == [beta == "0"] * 4
+    assert len(old) == 4
+    for L, x in old.values():
+        assert not L.requires_grad
+        assert (x is None) == (beta == "0")
+
+def expected_statistics(run, group, old):
+    """What a step says of a group: the paper's formulas at the present theta, against the old."""
+    L, x = estimate(run, group)
+    L_old, x_old = old[group.index]
+    A = run.A[group.index]
+    clipped, ratio = vgrpo.clipped_objective(L, L_old, A, 1e-3)
+    kl = vgrpo.simple_kl(x, x_old)
+    beta = run.cfg.kl
+    said = kl if beta else torch.zeros_like(kl)           # no KL is computed that has no weight
+    return {"loss": clipped + beta * kl, "ratio": ratio, "surrogate": L, "kl": said}
 
 @pytest.mark.parametrize("updates, micro, beta", [
-    ("2", "2", "0.3"), pytest.param("1", "1", "0.3", marks=pytest.mark.slow),
-    pytest.param("4", "0", "0", marks=pytest.mark.slow)])
+    ("2", "2", "0.3"),
+    pytest.param("1", "1", "0.3", marks=pytest.mark.slow),
+    pytest.param("4", "0", "0", marks=pytest.mark.slow),
+])
 def test_each_step_of_an_update(updates, micro, beta):
     """Its gradient is that of the clipped objective and the KL, against theta_old, at its own
     theta: a mean over the images of its own groups, whatever the size of the network's calls."""
     run = training("--updates", updates, "--micro-batch", micro, "--kl", beta, "--clip", "1e-3",
                    lr=0.05)
+    steps = int(updates)
+    groups_per_step = 4 // steps
     with torch.no_grad():
         old = {group.index: estimate(run, group) for group in run.groups}
-    stats, steps = run.update(), zip(run.descent.thetas, run.descent.gradients)
-    for step, (theta, gradient) in enumerate(steps):
-        for p, value in zip(run.params, theta):
+    stats = run.update()
+    thetas = run.descent.thetas
+    gradients = run.descent.gradients
+    assert len(gradients) == steps
+
+    for step in range(steps):
+        for p, value in zip(run.params, thetas[step]):
             p.data = value
-        losses, of_step = [], 4 // int(updates)
-        for group in run.groups[step * of_step:][:of_step]:
-            (L, x), (L_old, x_old) = estimate(run, group), old[group.index]
-            A, kl = run.A[group.index], run.cfg.kl * vgrpo.simple_kl(x, x_old)
-            loss, ratio = vgrpo.clipped_objective(L, L_old, A, 1e-3)
-            losses.append(loss + kl)
-            expected = dict(loss=losses[-1], ratio=ratio, surrogate=L, kl=kl / (run.cfg.kl or 1))
+        first = step * groups_per_step
+        losses = []
+        for group in run.groups[first:first + groups_per_step]:
+            expected = expected_statistics(run, group, old)
+            losses.append(expected["loss"])
             for key, value in expected.items():
-                assert torch.allclose(stats[key][group.index].float(), value, 1e-4, 1e-6), key
+                told = stats[key][group.index].float()
+                assert torch.allclose(told, value, 1e-4, 1e-6), key
             moved = (stats["ratio"][group.index] - 1).abs().max()
             assert moved == 0 if step == 0 else moved > 1e-3          # L_old = sg(L) at first
         total = torch.stack(losses).mean()
-        assert_same_gradients(gradient, torch.autograd.grad(total, run.params))
-    norms = [torch.nn.utils.get_total_norm(gradient) for gradient in run.descent.gradients]
-    assert stats["grad_norm"] == pytest.approx(sum(norms).item() / int(updates), rel=1e-4)
-    assert stats["lr"] == 0.05 and len(norms) == int(updates)
+        theirs = torch.autograd.grad(total, run.params)
+        assert_same_gradients(gradients[step], theirs)
+
+    norms = [torch.nn.utils.get_total_norm(gradient) for gradient in gradients]
+    mean = sum(norms).item() / steps
+    assert stats["grad_norm"] == pytest.approx(mean, rel=1e-4)
+    assert stats["lr"] == 0.05
 
 def test_nothing_waits_within_a_step(monkeypatch):
     """A step asks the device for one number, its norm; statistics leave it after the last step."""
-    run, events = training("--updates", "2", "--micro-batch", "1", "--kl", "0.1"), []
+    run = training("--updates", "2", "--micro-batch", "1", "--kl", "0.1")
+    events = []
     for name in ("backward", "cpu", "item", "tolist", "numpy", "__bool__", "__float__"):
         def told(self, *args, name=name, original=getattr(torch.Tensor, name), **kwargs):
-            if sys._getframe(1).f_globals["__name__"] == "vgrpo":
+            caller = sys._getframe(1)
+            if caller.f_globals["__name__"] == "vgrpo":
                 events.append(name)
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, told)
     run.update()
-    assert events == (["backward"] * 6 + ["item"]) * 2 + ["cpu"] * 4
+    step = ["backward"] * 6 + ["item"]
+    assert events == step + step + ["cpu"] * 4
 
 def test_gradient_step():
     """It clips the norm, tells the one before the clip, and the averaged weights follow."""
     cfg, policy, trainable = small("sd3", "--grad-norm", "0.5", "--ema", "0.7")
     learner = vgrpo.start_learner(policy, trainable, cfg)
     learner = replace(learner, optimizer=Descent(trainable, 1.0))
-    size = math.sqrt(sum(p.numel() for p in trainable.values()))
+    params = list(trainable.values())
+    norm = math.sqrt(sum(p.numel() for p in params))      # of a gradient of ones
     for _ in range(2):
-        for p in trainable.values():
+        for p in params:
             p.grad = torch.ones_like(p)
-        assert vgrpo.gradient_step(learner, cfg) == pytest.approx(size, rel=1e-5)
+        told = vgrpo.gradient_step(learner, cfg)
+        assert told == pytest.approx(norm, rel=1e-5)
     first, second = learner.optimizer.thetas
-    for a, b, p, average in zip(first, second, trainable.values(), learner.ema.shadow_params):
+    averages = learner.ema.shadow_params
+    for a, b, p, average in zip(first, second, params, averages):
+        followed = (2 * b + 9 * p) / 11
         assert p.grad is None
-        assert torch.allclose(b, a - 0.5 / size, atol=1e-6)
-        assert torch.allclose(average, (2 * b + 9 * p) / 11, atol=1e-7)
+        assert torch.allclose(b, a - 0.5 / norm, atol=1e-6)
+        assert torch.allclose(average, followed, atol=1e-7)
 
 def test_ranks_average_their_gradients(monkeypatch):
     """All weights take part, so that every rank asks for the same sums: of Qwen's last block some
     get no gradient. Here as if two ranks' gradients summed to three of this one's."""
-    run, sums = training("--lora-rank", "2", name="qwen_image"), []
+    run = training("--lora-rank", "2", name="qwen_image")
+    sums = []
+
+    def all_reduce(grad):
+        sums.append(grad.shape)
+        grad.mul_(3)
+
     ranks = SimpleNamespace(
-        is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: 0,
+        is_initialized=lambda: True,
+        get_world_size=lambda: 2,
+        get_rank=lambda: 0,
         all_gather_object=lambda values, value: None,
-        all_reduce=lambda grad: sums.append(grad.shape) or grad.mul_(3))
+        all_reduce=all_reduce)
     for distributed in (vgrpo.dist, ranks):
         monkeypatch.setattr(vgrpo, "dist", distributed)
-        estimate(run, run.groups[0])[0].sum().backward()
+        L, _ = estimate(run, run.groups[0])
+        L.sum().backward()
         vgrpo.gradient_step(run.learner, run.cfg)
     alone, both = run.descent.gradients
     assert sums == [p.shape for p in run.params]
@@ -454,6 +593,18 @@ def test_a_gradient_that_is_no_number():
 
 # ---- one iteration
 
+def heard(monkeypatch, name):
+    """-> the arguments of each call of this function of vgrpo, which works as before"""
+    function = getattr(vgrpo, name)
+    calls = []
+
+    def hear(*args):
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(vgrpo, name, hear)
+    return calls
+
 def test_run_iteration(monkeypatch):
     """Algorithm 1: generate with noise keyed by seed, iteration, group and image; average the
     rewards' advantages by weight; clip them softly; draw the pairs once a group, keyed by seed,
@@ -462,57 +613,88 @@ def test_run_iteration(monkeypatch):
                    "--updates", "2")
 
     def score(images, prompts):
-        return {**how_red(images, prompts), "blue": images[:, 2].float().mean((1, 2))}
+        scores = how_red(images, prompts)
+        scores["blue"] = images[:, 2].float().mean((1, 2))
+        return scores
 
-    draw, update, draws, given = vgrpo.draw_pairs, vgrpo.update, [], []
-    monkeypatch.setattr(vgrpo, "draw_pairs", lambda *args: draws.append(1) or draw(*args))
-    monkeypatch.setattr(vgrpo, "update", lambda *args: given.extend(args) or update(*args))
+    draw = vgrpo.draw_pairs
+    draws = heard(monkeypatch, "draw_pairs")
+    updates = heard(monkeypatch, "update")
     scorer = scored_by(score, red=3.0, blue=1.0)
     metrics = vgrpo.run_iteration(run.learner, scorer, items(0, 1), run.cfg, 5)
     mean = 0.75 * metrics["reward/red"] + 0.25 * metrics["reward/blue"]
-    assert metrics["reward"] == pytest.approx(mean) and len(draws) == 2
-    _, groups, advantages, pairs, _ = given
+    assert metrics["reward"] == pytest.approx(mean)
+    assert len(draws) == 2
+    assert len(updates) == 1
+
+    _, groups, advantages, pairs, _ = updates[0]
     for index, group in enumerate(groups):
         rngs = [vgrpo.generator(7, "noise", 5, index, image) for image in range(3)]
-        images, o, c = run.policy.generate(group.item["prompt"], rngs)
+        _, o, c = run.policy.generate(group.item["prompt"], rngs)
         assert torch.allclose(group.latents, o, atol=1e-5)
-        red_score, _, blue_score = group.images.double().mean((2, 3)).unbind(1)
-        A = 0.75 * vgrpo.group_advantages(red_score) + 0.25 * vgrpo.group_advantages(blue_score)
-        assert torch.allclose(advantages[index], 0.8 * torch.tanh(A / 0.8), atol=1e-4)
-        t, eps = draw(vgrpo.generator(7, "pairs", 5, index), c.grid, 2, o.shape[1:])
-        assert torch.equal(pairs[index][0], t.expand(3, -1))
-        assert torch.equal(pairs[index][1], eps.expand(3, *eps.shape))
+
+        red, _, blue = group.images.double().mean((2, 3)).unbind(1)
+        A_red = vgrpo.group_advantages(red)
+        A_blue = vgrpo.group_advantages(blue)
+        A = 0.75 * A_red + 0.25 * A_blue
+        soft = 0.8 * torch.tanh(A / 0.8)
+        assert torch.allclose(advantages[index], soft, atol=1e-4)
+
+        key = vgrpo.generator(7, "pairs", 5, index)
+        t, eps = draw(key, c.grid, 2, o.shape[1:])
+        group_t, group_eps = pairs[index]
+        assert torch.equal(group_t, t.expand(3, -1))
+        assert torch.equal(group_eps, eps.expand(3, *eps.shape))
 
 @pytest.mark.parametrize("share, seeds", [
-    ("batch", 1), pytest.param("matched", 4, marks=pytest.mark.slow)])
+    ("batch", 1),
+    pytest.param("matched", 4, marks=pytest.mark.slow),
+])
 def test_pairs_follow_the_flags(monkeypatch, share, seeds):
     """Each group has random numbers of its own; with --share batch all have those of one."""
-    run, given = training("--share", share, "--no-stratified"), []
-    draw = vgrpo.group_pairs
-    monkeypatch.setattr(vgrpo, "group_pairs", lambda *args: given.append(args) or draw(*args))
-    vgrpo.run_iteration(run.learner, scored_by(how_red, red=1.0), items(0, 1, 2, 3), run.cfg, 1)
-    assert len({args[0].initial_seed() for args in given}) == seeds
-    assert {args[-3:] for args in given} == {(share, False, True)}
-    assert len({tuple(args[4].tolist()) for args in given}) == 4
+    run = training("--share", share, "--no-stratified")
+    scorer = scored_by(how_red, red=1.0)
+    calls = heard(monkeypatch, "group_pairs")
+    vgrpo.run_iteration(run.learner, scorer, items(0, 1, 2, 3), run.cfg, 1)
+    drawn_from = set()
+    advantages = set()
+    for generator, _, _, _, A, *flags in calls:
+        drawn_from.add(generator.initial_seed())
+        advantages.add(tuple(A.tolist()))
+        assert flags == [share, False, True]
+    assert len(drawn_from) == seeds
+    assert len(advantages) == 4
 
 def test_metrics():
     """They are numpy's; a group of advantages 0 is counted."""
     cfg = vgrpo.parse_config([*SMALL, "--clip", "0.1", "--updates", "2"])
-    R, A, L = normal(2, 4, 3).double(), normal(4, 3, key=1), torch.rand(4, 3).double()
-    A[1], ratio = 0, torch.tensor([1.2, 0.8, 1.0]).double().expand(4, 3)
-    stats = dict(loss=2 * ratio, kl=3 * ratio, surrogate=L, ratio=ratio, grad_norm=4, lr=0.7)
+    R = normal(2, 4, 3).double()
+    A = normal(4, 3, key=1)
+    A[1] = 0
+    L = torch.rand(4, 3).double()
+    ratio = torch.tensor([1.2, 0.8, 1.0]).double().expand(4, 3)
+    stats = {"loss": 2 * ratio, "kl": 3 * ratio, "surrogate": L, "ratio": ratio,
+             "grad_norm": 4, "lr": 0.7}
     mine = vgrpo.metrics_of(cfg, "ab", R, R.mean(0), A, stats, [0, 1, 3, 6])
-    stopped = (A[:, 0] > 0).sum() + (A[:, 1] < 0).sum()
-    total, L = R.mean(0).numpy(), L.numpy()
+
+    total = R.mean(0).numpy()
+    losses = L.numpy()
+    group_cv = losses.std(1, ddof=1) / losses.mean(1)
+    stopped = (A[:, 0] > 0).sum() + (A[:, 1] < 0).sum()   # at 1.2 upwards, at 0.8 downwards
     theirs = {
-        "reward": total.mean(), "reward_std": math.sqrt(total.var(1).mean()),
-        "reward/a": R[0].mean().item(), "reward/b": R[1].mean().item(),
-        "zero_std_groups": 1, "clip_fraction": stopped.item() / 12,
+        "reward": total.mean(),
+        "reward_std": math.sqrt(total.var(1).mean()),
+        "reward/a": R[0].mean().item(),
+        "reward/b": R[1].mean().item(),
+        "zero_std_groups": 1,
+        "clip_fraction": stopped.item() / 12,
         "loss": 2, "kl": 3, "ratio_mean": 1, "ratio_max": 1.2, "grad_norm": 4, "lr": 0.7,
-        "surrogate": L.mean(), "surrogate_cv": L.std(ddof=1) / L.mean(),
-        "surrogate_group_cv": (L.std(1, ddof=1) / L.mean(1)).mean(),
-        "nfe_rollout": 3, "nfe_old": 1, "nfe_train": 2, "seconds_rollout": 1,
-        "seconds_reward": 2, "seconds_update": 3, "samples_per_second": 2}
+        "surrogate": losses.mean(),
+        "surrogate_cv": losses.std(ddof=1) / losses.mean(),
+        "surrogate_group_cv": group_cv.mean(),
+        "nfe_rollout": 3, "nfe_old": 1, "nfe_train": 2,
+        "seconds_rollout": 1, "seconds_reward": 2, "seconds_update": 3, "samples_per_second": 2,
+    }
     assert mine.pop("peak_memory_gb") >= 0
     assert mine == pytest.approx(theirs)
 
@@ -521,8 +703,10 @@ def test_metrics():
 def generated(policy, prompt=PROMPT):
     """-> conditions, and of each of the rollout's three steps: what the network answered in its
     calls, what the scheduler was given, z_t, the grid"""
-    steps, answers, scheduler = [], [], type(policy.pipe.scheduler)
+    scheduler = type(policy.pipe.scheduler)
     step = scheduler.step
+    steps = []
+    answers = []
 
     def hear_network(network, args, output):
         rows = output[0]
@@ -551,12 +735,13 @@ def own_pass(answers, other_answers):
             rows = slice(start, start + 2)
             change = (answer[rows] - other[rows]).abs().max().item()
             changes[change] = call, rows
-    assert max(changes) > 1e-4 and sorted(changes)[:-1] in ([], [0.0])
-    return changes[max(changes)]
+    *others, largest = sorted(changes)
+    assert largest > 1e-4
+    assert others in ([], [0.0])
+    return changes[largest]
 
 @torch.no_grad()
-@pytest.mark.parametrize("solver", ["euler", "dpm++"])
-@pytest.mark.parametrize("guidance", ["0", "4"])
+@pytest.mark.parametrize("guidance, solver", [("0", "euler"), ("4", "dpm++")])
 @EVERY_FAMILY
 def test_velocity(name, guidance, solver, size="32"):
     """It is what the pipeline used at every step, of any family: what its scheduler was given or,
@@ -568,20 +753,25 @@ def test_velocity(name, guidance, solver, size="32"):
     call, rows = own_pass(steps[0][0], others[0][0])
     for t, (answers, given, z, grid) in zip(c.grid, steps, strict=True):
         v = policy.velocity(z, t.expand(2), c)
-        assert torch.equal(c.grid, grid) and v.dtype == torch.float32
+        largest = v.abs().max()
+        assert torch.equal(c.grid, grid)
+        assert v.dtype == torch.float32
         if len(answers) == 1 and len(answers[0]) == 2:
-            assert (v - given).abs().max() < 1e-6 * v.abs().max()
+            assert (v - given).abs().max() < 1e-6 * largest
         else:                                             # a batch of four may round otherwise
+            assert guidance == "4"
             answer = answers[call][rows].view_as(v)
-            distance = min((v - answer).abs().max(), (v + answer).abs().max())
-            assert guidance == "4" and distance < 3e-6 * v.abs().max()
+            from_same = (v - answer).abs().max()
+            from_negative = (v + answer).abs().max()
+            assert min(from_same, from_negative) < 3e-6 * largest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "qwen_image"])
 def test_another_size(name):
     """--resolution is the side of the images, and velocity is the pipeline's there too."""
     _, policy, _ = small(name, "--resolution", "64")
-    assert policy.generate(PROMPT, noise())[0].shape == (2, 3, 64, 64)
+    images, _, _ = policy.generate(PROMPT, noise())
+    assert images.shape == (2, 3, 64, 64)
     test_velocity(name, "0", "euler", size="64")
 
 @torch.no_grad()
@@ -591,19 +781,23 @@ def test_half_precision(name, rank):
     """Velocity is the pipeline's to the bit: a LoRA's frozen layers compute in bf16 as they are,
     weights that train are fp32, and rounded by autocast."""
     _, policy, trainable = small(name, "--dtype", "bf16", "--lora-rank", rank)
-    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    trained = {p.dtype for p in trainable.values()}
     frozen = {p.dtype for p in policy.transformer.parameters() if not p.requires_grad}
+    assert trained == {torch.float32}
     assert frozen == ({torch.bfloat16} if rank == "2" else set())
     c, steps = generated(policy)
     for t, (answers, given, z, _) in zip(c.grid, steps):
         v = policy.velocity(z, t.expand(2), c)
-        assert (answers[0].dtype, v.dtype) == (torch.bfloat16, torch.float32)
+        assert answers[0].dtype == torch.bfloat16
+        assert v.dtype == torch.float32
         assert torch.equal(v, given.float())
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, solver, sign, t_of", [
-    ("sd3", "dpm++", 1, lambda tau: tau / 1000), ("flux", "euler", 1, lambda tau: tau),
-    ("lumina2", "dpm++", -1, lambda tau: 1 - tau)])
+    ("sd3", "dpm++", 1, lambda tau: tau / 1000),
+    ("flux", "euler", 1, lambda tau: tau),
+    ("lumina2", "dpm++", -1, lambda tau: 1 - tau),
+])
 def test_a_network_that_knows_o(name, solver, sign, t_of):
     """It answers (z - o) / t: the rollout ends in o, and x_theta is o at every step."""
     pipe = small_pipelines.FAMILIES[name]()
@@ -611,20 +805,23 @@ def test_a_network_that_knows_o(name, solver, sign, t_of):
 
     def forward(*args, **kwargs):
         told = signature.bind(*args, **kwargs).arguments
-        z, t = told["hidden_states"], t_of(told["timestep"])
+        z = told["hidden_states"]
         truth = normal(*z.shape[1:])
-        return (sign * (z - truth) / t.view(-1, *[1] * truth.ndim),)
+        t = t_of(told["timestep"]).view(-1, *[1] * truth.ndim)
+        return (sign * (z - truth) / t,)
 
     forward.__signature__ = signature
     pipe.transformer.forward = forward
     _, policy, _ = small(name, "--solver", solver, pipe=pipe)
     _, o, c = policy.generate(PROMPT, noise(3))
-    truth, eps, t = normal(*o.shape[1:]), normal(*o.shape, key=1), c.grid[:, None]
+    truth = normal(*o.shape[1:]).expand_as(o)
+    eps = normal(*o.shape, key=1)
+    t = c.grid[:, None]                                   # one step for each of three images
     z = vgrpo.add_noise(o[:, None], t, eps[:, None])
-    v = policy.velocity(z[:, 0], c.grid, c)[:, None]
-    _, x = vgrpo.surrogate(v, o, z, t)
-    assert torch.allclose(o, truth.expand_as(o), atol=1e-5)
-    assert torch.allclose(x[:, 0], truth.expand_as(o), atol=1e-5)
+    v = policy.velocity(z[:, 0], c.grid, c)
+    _, x = vgrpo.surrogate(v[:, None], o, z, t)
+    assert torch.allclose(o, truth, atol=1e-5)
+    assert torch.allclose(x[:, 0], truth, atol=1e-5)
 
 @torch.no_grad()
 def test_images():
@@ -632,9 +829,12 @@ def test_images():
     _, policy, _ = small("sd3")
     images, o, _ = policy.generate(PROMPT, noise())
     vae = policy.pipe.vae
-    picture = vae.decode(o / vae.config.scaling_factor + vae.config.shift_factor)[0]
+    unscaled = o / vae.config.scaling_factor + vae.config.shift_factor
+    picture = vae.decode(unscaled)[0]
     picture = (picture / 2 + 0.5).clamp(0, 1) * 255
-    assert images.dtype == torch.uint8 and torch.equal(images, picture.round().to(torch.uint8))
+    picture = picture.round().to(torch.uint8)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images, picture)
 
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
 def test_the_grid_is_the_pipelines_own(solver):
@@ -642,7 +842,7 @@ def test_the_grid_is_the_pipelines_own(solver):
     own = small_pipelines.ltx()
     own(PROMPT, num_inference_steps=3, height=32, width=32, num_frames=9, output_type="latent")
     _, policy, _ = small("ltx", "--solver", solver)
-    conditions = policy.generate(PROMPT, noise())[2]
+    _, _, conditions = policy.generate(PROMPT, noise())
     assert torch.allclose(conditions.grid, own.scheduler.sigmas[:-1], atol=1e-6)
 
 def test_make_scheduler():
@@ -650,7 +850,10 @@ def test_make_scheduler():
     dpm = vgrpo.make_scheduler(small_pipelines.euler(shift=3.0), "dpm++")
     dpm.set_timesteps(4)
     assert torch.allclose(dpm.sigmas, torch.tensor([1, 0.9, 0.75, 0.5, 0]))
-    assert (dpm.config.solver_order, dpm.config.algorithm_type) == (2, "dpmsolver++")
+    assert dpm.config.solver_order == 2
+    assert dpm.config.algorithm_type == "dpmsolver++"
+    flux = vgrpo.make_scheduler(small_pipelines.euler(use_dynamic_shifting=True), "dpm++")
+    assert flux.config.use_dynamic_shifting               # some pipelines ask before they shift
     sana = vgrpo.make_scheduler(small_pipelines.sana_scheduler(), "euler")
     sana.set_timesteps(sigmas=[1.0, 0.5])                 # its shift is called flow_shift
     assert torch.allclose(sana.sigmas, torch.tensor([1, 0.75, 0]))
@@ -661,11 +864,13 @@ def test_make_scheduler():
 def test_network_time(dtype):
     """For each image, or each of its tokens, it is what was heard at t; between two steps, and
     beyond the last, it is on the line through both."""
-    grid, t = torch.tensor([1.0, 0.8, 0.5, 0.1]), torch.tensor([0.9, 0.65, 0.2, 0.05])
+    grid = torch.tensor([1.0, 0.8, 0.5, 0.1])
     told = torch.tensor([[0, 1], [4, 1], [6, 1], [16, 1]], dtype=dtype)
-    line = torch.tensor([[2, 1], [5, 1], [13.5, 1], [17.25, 1]], dtype=dtype)
     assert torch.equal(vgrpo.network_time(grid, grid, told), told)
-    assert torch.equal(vgrpo.network_time(grid, grid, told[:, 0]), told[:, 0])
+    of_images = told[:, 0]
+    assert torch.equal(vgrpo.network_time(grid, grid, of_images), of_images)
+    t = torch.tensor([0.9, 0.65, 0.2, 0.05])
+    line = torch.tensor([[2, 1], [5, 1], [13.5, 1], [17.25, 1]], dtype=dtype)
     torch.testing.assert_close(vgrpo.network_time(t, grid, told), line)
 
 def test_listen():
@@ -673,7 +878,8 @@ def test_listen():
     pipe = small_pipelines.flux()
     with pytest.raises(ZeroDivisionError), vgrpo.listen(pipe, ["hidden_states"], "timestep"):
         1 / 0
-    assert "step" not in vars(pipe.scheduler) and not pipe.transformer._forward_hooks
+    assert "step" not in vars(pipe.scheduler)
+    assert not pipe.transformer._forward_hooks
 
 @pytest.mark.parametrize("name", small_pipelines.REFUSED)
 def test_no_rectified_flow(name):
@@ -687,7 +893,8 @@ def test_no_rectified_flow(name):
 def test_guidance_in_two_passes(capsys, name, guidance, told):
     """It samples one policy and trains another, which is told; embedded guidance does not."""
     small(name, "--guidance", guidance)
-    assert ("--guidance 4.0: it guides the rollout" in capsys.readouterr().out) == told
+    output = capsys.readouterr().out
+    assert ("--guidance 4.0: it guides the rollout" in output) == told
 
 @pytest.mark.parametrize("rank", ["0", "2"])
 @EVERY_FAMILY
@@ -698,36 +905,44 @@ def test_what_an_iteration_moves(name, rank):
         "--micro-batch", "2", "--kl", "0.1", "--lr", "0.01", "--weight-decay", "0")
     before = {key: p.clone() for key, p in policy.transformer.state_dict().items()}
     learner = vgrpo.start_learner(policy, trainable, cfg)
-    metrics = vgrpo.run_iteration(learner, scored_by(how_red, red=1.0), items(0, 1), cfg, 1)
-    assert math.isfinite(metrics["loss"]) and metrics["kl"] > 0
+    scorer = scored_by(how_red, red=1.0)
+    metrics = vgrpo.run_iteration(learner, scorer, items(0, 1), cfg, 1)
+    assert math.isfinite(metrics["loss"])
+    assert metrics["kl"] > 0
     after = policy.transformer.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert moved <= trainable.keys() and len(moved) >= len(trainable) / 2
+    assert moved <= trainable.keys()
+    assert len(moved) >= len(trainable) / 2
     assert not any(p.requires_grad for p in policy.pipe.vae.parameters())
-    assert rank == "0" or all("lora_" in key for key in trainable)
+    if rank == "2":
+        assert all("lora_" in key for key in trainable)
 
 # ---- LoRA and weights
 
 @torch.no_grad()
 def shift(trainable):
     for key, p in trainable.items():
-        p.add_(torch.randn(p.shape, generator=rng(key)) * 0.1)
+        noise = torch.randn(p.shape, generator=rng(key))
+        p.add_(noise * 0.1)
 
 @torch.no_grad()
 def test_add_lora():
     """W x becomes W x + alpha / r B A x in the attention, but in SD3.5's attn2; A begins small and
     of its own seed and name, B is 0."""
     cfg, policy, trainable = small("sd35", "--lora-rank", "8", "--lora-alpha", "12")
-    linear, x = policy.transformer.transformer_blocks[0].attn.to_q, normal(2, 5, 32)
+    linear = policy.transformer.transformer_blocks[0].attn.to_q
+    x = normal(2, 5, 32)
     plain = F.linear(x, linear.weight, linear.bias)
     assert torch.equal(linear(x), plain)
     linear.lora_B.copy_(normal(32, 8))
     product = linear.lora_B @ linear.lora_A
-    assert torch.allclose(linear(x), plain + 12 / 8 * x @ product.T, atol=1e-5)
+    wanted = plain + 12 / 8 * x @ product.T
+    assert torch.allclose(linear(x), wanted, atol=1e-5)
     assert len(trainable) == 2 * (8 + 7)                  # the last block has no to_add_out
     assert not any("attn2" in key for key in trainable)
     _, _, other = small("sd35", "--lora-rank", "8", "--seed", "1")
-    As = torch.stack([p for lora in (trainable, other) for key, p in lora.items() if "_A" in key])
+    both = [*trainable.items(), *other.items()]
+    As = torch.stack([p for key, p in both if "_A" in key])
     assert As.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert len(As.unique(dim=0)) == 30
 
@@ -744,7 +959,8 @@ def test_load_lora(tmp_path):
     cfg, policy, trainable = small(*flags, "12")
     shift(trainable)
     vgrpo.export_weights(tmp_path, trainable, policy.transformer, cfg)
-    file, unsaid = tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "unsaid.safetensors"
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    unsaid = tmp_path / "unsaid.safetensors"
     weights = load_file(file)
     assert weights.keys() == {f"transformer.{key}.weight" for key in trainable}
     save_file(weights, unsaid)
@@ -764,12 +980,13 @@ def test_a_full_export(tmp_path):
     cfg, policy, trainable = small("sd3", "--lora-rank", "0")
     shift(trainable)
     vgrpo.export_weights(tmp_path, trainable, policy.transformer, cfg)
-    fresh = type(policy.transformer).from_pretrained(tmp_path / "transformer").state_dict()
-    stored = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    folder = tmp_path / "transformer"
+    fresh = type(policy.transformer).from_pretrained(folder).state_dict()
+    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert stored.keys() == fresh.keys()
     assert all(torch.equal(fresh[key], p) for key, p in trainable.items())
 
-@EVERY_FAMILY
+@pytest.mark.parametrize("name", mostly_slow([name for name in SERVED if name not in NO_LORA]))
 def test_an_exported_lora_in_diffusers(tmp_path, name):
     """load_lora_weights gives the latents that training saw."""
     pytest.importorskip("peft")
@@ -779,14 +996,14 @@ def test_an_exported_lora_in_diffusers(tmp_path, name):
     _, after, _ = policy.generate(PROMPT, noise())
     vgrpo.export_weights(tmp_path, trainable, policy.transformer, cfg)
     pipe = small_pipelines.FAMILIES[name]()
-    if hasattr(pipe, "load_lora_weights"):
-        pipe.load_lora_weights(tmp_path)
-    else:                                             # some pipelines leave it to their network
-        pipe.transformer.load_lora_adapter(tmp_path)
+    if name == "prx" or not hasattr(pipe, "load_lora_weights"):
+        pytest.skip("diffusers loads no LoRA into it")
+    pipe.load_lora_weights(tmp_path)
     _, policy, _ = small(name, "--lora-rank", "0", pipe=pipe)
     _, loaded, _ = policy.generate(PROMPT, noise())
-    assert (loaded - after).abs().max() < 1e-5
-    assert (after - before).abs().max() > 1e-3
+    scale = after.abs().max()
+    assert (loaded - after).abs().max() < 1e-4 * scale
+    assert (after - before).abs().max() > 1e-2 * scale
 
 # ---- a run and its folder
 
@@ -1556,7 +1773,8 @@ def test_without_a_network_one_line_says_where_to_put_the_file(prompt_server, mo
 
 # ---- videos
 
-def test_a_video_is_scored_frame_by_frame_or_whole_and_frames_without_a_score_are_left_out(tmp_path):
+def test_scores_of_videos(tmp_path):
+    """Frame by frame, those without a score left out, or whole for a reward that says so."""
     file = tmp_path / "own.py"
     file.write_text("""
 def red(images, prompts, metadata):
@@ -1575,25 +1793,28 @@ length.videos = True
     assert scores["red"].tolist() == pytest.approx([0.6, 0.4])
     assert scores["length"].tolist() == [3, 3]
 
-def test_a_video_model_trains_on_its_frames_and_shows_them(tmp_path, monkeypatch):
+def test_a_video_run(tmp_path, monkeypatch):
+    """It trains on its frames' scores, and shows three of them on the sheet and all in a film."""
     monkeypatch.setattr(vgrpo, "load_pipeline", lambda cfg: small_pipelines.wan21())
     monkeypatch.setattr(vgrpo, "model_index", lambda cfg: {})
     lines = run(tmp_path / "run", "--model", "own/video", "--recipe", "tiny", "--frames", "5",
-                "--resolution", "32x16", "--lora-rank", "2", "--iterations", "1", "--prompts", "shapes")
+                "--resolution", "32x16", "--lora-rank", "2", "--iterations", "1",
+                "--prompts", "shapes")
     assert lines[-1]["eval"] == lines[-1]["eval/redness"] and lines[1]["grad_norm"] > 0
     sheet = Image.open(tmp_path / "run" / "samples" / "000001.png")
     film = Image.open(tmp_path / "run" / "samples" / "000001.webp")
     assert film.n_frames == 5 and film.size == (6 * 32, 16)
     assert sheet.size[0] == 6 * (144 + 8)
 
-def test_the_size_and_the_frames_are_told_in_the_pipelines_words():
+def test_size_options():
+    """Size and frames are told in the pipeline's own words."""
     cfg = vgrpo.Config(resolution="64x32", frames=5)
-    count, size = pipelines.size_options(small_pipelines.FAMILIES["sana_video"](), cfg)
+    count, size = pipelines.size_options(accepted("sana_video"), cfg)
     assert count == "num_videos_per_prompt" and size == {"width": 64, "height": 32, "frames": 5}
     square = vgrpo.Config(resolution="64")
-    assert pipelines.size_options(small_sd3(), square)[1] == {"width": 64, "height": 64}
+    assert pipelines.size_options(accepted("sd3"), square)[1] == {"width": 64, "height": 64}
     with pytest.raises(rewards.UsageError, match="--frames.*makes pictures"):
-        pipelines.size_options(small_sd3(), cfg)
+        pipelines.size_options(accepted("sd3"), cfg)
 
-def small_sd3():
-    return small_pipelines.FAMILIES["sd3"]()
+def accepted(family):
+    return inspect.signature(small_pipelines.FAMILIES[family]().__call__).parameters

@@ -23,7 +23,7 @@ group, M = N_MC pairs per image, K rewards, B rows of a batch; [...] a latent's 
 
 Where this file departs from the paper:
  1. Antithetic noise is on: neighbouring strata take eps and -eps (--no-antithetic: the paper's).
-    --share matched is ours too; the paper's recipes do not use it.
+    --share matched is ours too; of the recipes, tiny and sd3.5-fast use it.
  2. Where M does not divide the sampler's steps, a step between two strata belongs to both in part.
  3. The adaptive weight's denominator has a floor of 1e-5. A group's std divides by G, not G - 1.
     A group of equal rewards and an image without a score get A = 0. Several rewards: A is the
@@ -31,13 +31,13 @@ Where this file departs from the paper:
  4. The first gradient step of an iteration is at theta_old, where L_hat(theta_old) is sg(L_hat):
     it needs no pass of its own. With --updates U each step takes P/U whole groups.
  5. Eq. 14 prints a sum of squares over the latent; here it is a mean, as in the paper's code.
-    Eq. 16's KL is a mean too, by our choice: if the paper sums, its beta is stronger.
- 6. The pairs' t are steps of the sampler's grid, so --solver and --steps change the estimator.
-    Guidance in two passes takes part in sampling only: the prompted pass is what trains.
+    Eq. 16 prints a squared norm, a sum over a latent's d numbers; here it is a mean, so --kl .3 is
+    a printed beta of .3 / d. Which of the two the paper's code has is unknown.
+ 6. Guidance in two passes takes part in sampling only: the prompt's own pass is what trains.
+As in the paper, t is a step of the sampler's grid, so --solver and --steps change the estimator.
 """
 import hashlib
 import inspect
-import logging
 import math
 import os
 import re
@@ -45,7 +45,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,7 +56,6 @@ import diffusers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -67,7 +65,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from extras.command_line import explain, failure, read_flags, watch_signals
+from extras.command_line import explain, failure, quiet_libraries, read_flags, watch_signals
 from extras.pipelines import (first_row, guidance_options, image_axes, make_scheduler,
                               network_input, network_time, repeat_row, size_options)
 from extras.prompts import load_prompts
@@ -78,9 +76,10 @@ from rewards import Rewards, RunError, UsageError, one_line, visiting
 
 @dataclass(frozen=True)
 class Config:
+    """Every flag. The defaults are the paper's stage 1; recipes (extras/recipes.py) go over them"""
     model: str = "tiny"              # a short name (see MODELS), a hub id, or a pipeline's folder
     recipe: str = ""                 # tiny, sd3.5-s1 ... -s5, -fast, flux (default: the model's)
-    reward: str = "shapes"           # NAME[@WEIGHTS][=WEIGHT],... or FILE.py:NAME (see rewards.py)
+    reward: str = "shapes"           # NAME[@FOLDER][=NUMBER],... or FILE.py:NAME (see rewards.py)
     eval_reward: str = ""            # rewards of the evaluation (default: --reward)
     prompts: str = "shapes"          # FILE.txt, FILE.jsonl, or shapes, pickscore, geneval, ocr
     eval_prompts: str = ""           # prompts of the evaluation (default: what --prompts holds out)
@@ -98,7 +97,7 @@ class Config:
     share: str = "both"              # pairs of a group: both, timestep, noise, none, batch, matched
     stratified: bool = True          # one timestep from each of M strata of the sampler's grid
     antithetic: bool = True          # neighbouring strata take eps and -eps
-    weight: str = "adaptive"         # of the denoising loss: adaptive (Eq. 14), x, v, eps
+    weight: str = "adaptive"         # adaptive (Eq. 14), or plain squared errors of x, v, eps
     clip: float = 0.0                # e, range of the ratio clip, 0 = off
     kl: float = 0.0                  # beta of the simple KL to theta_old (Eq. 16), 0 = off
     soft_clip: float = 3.0           # eta of the soft clip of advantages (Eq. 17), 0 = off
@@ -121,7 +120,7 @@ class Config:
     save_every: int = 10             # iterations between checkpoints
 
 # ------------------------------------------------------------------------------------- the paper
-# Functions of tensors alone, all of them fp32, whatever the network computes in.
+# Functions of tensors alone: fp32, whatever the network computes in; rewards are averaged in fp64.
 
 def add_noise(o, t, eps):
     """z_t = (1 - t) o + t eps.  o [B, 1, ...], t [B, M], eps [B, M, ...] -> z [B, M, ...]"""
@@ -129,7 +128,7 @@ def add_noise(o, t, eps):
     return (1 - t) * o + t * eps
 
 def draw_pairs(rng, grid, M, shape, stratified=True, antithetic=True):
-    """The paper's pairs: one set, which all images of a group share.
+    """A set of M pairs; the paper's has antithetic=False. group_pairs() shares it out.
     grid [n], the timesteps of the sampler -> t [M] of them, eps [M, *shape]"""
     u = torch.rand(M, generator=rng)
     if stratified:
@@ -142,10 +141,11 @@ def draw_pairs(rng, grid, M, shape, stratified=True, antithetic=True):
 
 def group_pairs(rng, grid, M, shape, advantages, share="both", stratified=True, antithetic=True):
     """The pairs of each image of a group.  advantages [G] -> t [G, M], eps [G, M, *shape]
-    "both" is the paper's (and "batch": its rng is the same for all groups). "matched" is ours: the
-    best image shares with the worst, the second best with the second worst. What the two have in
-    common cancels in the gradient, as in a whole group that shares, and the noise of the pairs
-    averages over G / 2 sets in place of one."""
+    "both": one set per group, as the paper says; "batch": one for all groups, as its code does (the
+    caller gives each group the same rng); "timestep", "noise": only those are shared; "none".
+    "matched", ours: the best image shares with the worst, the second best with the second worst.
+    Their A have opposite signs, so what the two have in common cancels in the gradient, as in a
+    whole group that shares, and the noise of the pairs averages over G / 2 sets in place of one."""
     G = len(advantages)
     sets = 1 if share in ("both", "batch") else G
     draws = [draw_pairs(rng, grid, M, shape, stratified, antithetic) for _ in range(sets)]
@@ -161,26 +161,28 @@ def group_pairs(rng, grid, M, shape, advantages, share="both", stratified=True, 
     return t, eps
 
 def surrogate(v, o, z, t, weight="adaptive"):
-    """L_hat = 1/M sum_j l(t_j, eps_j), which stands for -log pi(o | c); Eq. 14 with "adaptive".
+    """L_hat = 1/M sum_j l(t_j, eps_j), which stands for -log pi(o | c). Eq. 14 ("adaptive"):
+    l = mean (x_theta - o)^2 / sg(mean |x_theta - o|), means over the latent's numbers.
     v_theta(z_t, t, c) and z [B, M, ...], o [B, ...], t [B, M] -> L_hat [B], x_theta [B, M, ...]"""
     t = t.reshape(*t.shape, *[1] * (z.ndim - 2))
     x = z - t * v
     error = x - o[:, None]                                # of the x-prediction
     if weight == "v":
-        error = error / t                                 # = (eps - o) - v_theta
+        error = error / t                                 # = (eps - o) - v_theta; no grid has t = 0
     if weight == "eps":
         error = error * (1 - t) / t                       # = eps - eps_theta
     error = error.flatten(2)
     loss = error.square().mean(2)                         # [B, M], a mean over the latent
     if weight == "adaptive":
-        # detach: the paper's sg. The loss is about |error|, but its gradient, with the size held,
-        # is twice that of |error|: rho moves half as far as it promises, and --clip e allows 2 e.
+        # detach: the paper's sg. The size is held in the gradient, but new at the next theta: where
+        # errors grow by 1 %, the gradient predicts 2 % for L, and L grows by 1 %. So rho moves half
+        # as far as predicted, and --clip e allows what looks like 2 e.
         size = error.detach().abs().mean(2)
         loss = loss / size.clamp(min=1e-5)
     return loss.mean(1), x
 
 def group_advantages(rewards):
-    """A_i = (R_i - mean) / std within each group.  rewards [..., G] -> A [..., G]
+    """A_i = (R_i - mean) / std within each group.  rewards [K, P, G] -> A [K, P, G]
     An image without a score (NaN) is in no mean and gets 0. So does a group of equal rewards: equal
     to five digits, since what differs beyond is the rounding of the network that scored them."""
     rewards = rewards.double()
@@ -189,11 +191,11 @@ def group_advantages(rewards):
     equal = std <= 1e-5 * rewards.abs().nan_to_num().amax(-1, keepdim=True)
     return torch.where(equal, 0.0, (rewards - mean) / std).nan_to_num().float()
 
-def weighted_mean(rewards, weights):
-    """Of K rewards [K, P, G] by weights [K] -> [P, G]. One of weight 0 is only reported."""
+def weighted_mean(values, weights):
+    """[K, P, G] by weights [K] -> [P, G]. A reward of weight 0 has no part: it is only reported."""
     used = weights > 0
     shares = weights[used] / weights.sum()
-    return (shares[:, None, None] * rewards[used]).sum(0)
+    return (shares[:, None, None] * values[used]).sum(0)
 
 def soft_clip(advantages, eta):
     """Eq. 17: A_soft = eta tanh(A / eta); eta = 0 leaves A as it is."""
@@ -207,7 +209,7 @@ def clipped_objective(L, L_old, advantages, clip=0.0):
     return -torch.minimum(ratio * advantages, bounded * advantages), ratio
 
 def simple_kl(x, x_old):
-    """Eq. 16: how far x_theta lies from theta_old's on the same pairs.  [B, M, ...] -> [B]"""
+    """Eq. 16 without beta: mean (x_theta - x_theta_old)^2, pairs and latent.  [B, M, ...] -> [B]"""
     return (x - x_old).square().flatten(1).mean(1)
 
 # ----------------------------------------------------------------------------------- the rollout
@@ -227,10 +229,10 @@ def slices(total, size):
 def collect(policy, items, G, cfg, *key):
     """Generate a group for each of {index: item}, every image from noise of its own."""
     groups = []
-    rows = (cfg.micro_batch or cfg.group_size) * cfg.n_mc        # of a call, as in an update
+    at_once = (cfg.micro_batch or cfg.group_size) * cfg.n_mc     # as many rows as an update's call
     for index, item in tqdm(items.items(), "images", delay=10, leave=False, disable=not is_main()):
         noise = [generator(*key, index, image) for image in range(G)]
-        calls = [policy.generate(item["prompt"], noise[part]) for part in slices(G, rows)]
+        calls = [policy.generate(item["prompt"], noise[part]) for part in slices(G, at_once)]
         images, latents, conditions = zip(*calls)
         groups.append(Group(index, item, torch.cat(images), torch.cat(latents), conditions[0]))
     return groups
@@ -258,10 +260,10 @@ class Learner:
     optimizer: torch.optim.Optimizer
     ema: EMAModel
 
-def estimate(policy, group, rows, pairs, cfg):
-    """L_hat [B] and x_theta [B, M, ...] of some of a group's images, on their pairs."""
-    o = group.latents[rows]
-    t, eps = (part[rows].to(o.device) for part in pairs)
+def estimate(policy, group, images, pairs, cfg):
+    """L_hat [B] and x_theta [B, M, ...] of a slice of a group's images, on their pairs."""
+    o = group.latents[images]
+    t, eps = (part[images].to(o.device) for part in pairs)
     z = add_noise(o[:, None], t, eps)
     v = policy.velocity(z.flatten(0, 1), t.flatten(), group.conditions)
     return surrogate(v.view_as(z), o, z, t, cfg.weight)
@@ -270,35 +272,37 @@ def estimate(policy, group, rows, pairs, cfg):
 def old_estimates(policy, parts, pairs, cfg):
     """{(group's index, first image): (L_hat, x_theta)} of theta_old; x_theta only for the KL."""
     old = {}
-    for group, rows in parts:
-        L, x = estimate(policy, group, rows, pairs[group.index], cfg)
-        old[group.index, rows.start] = L, x if cfg.kl else None
+    for group, images in parts:
+        L, x = estimate(policy, group, images, pairs[group.index], cfg)
+        old[group.index, images.start] = (L, x if cfg.kl else None)
     return old
 
 def update(learner, groups, advantages, pairs, cfg):
     """Gradient steps, each on a batch of whole groups.  advantages [P, G] of all ranks' groups,
     pairs {group's index: (t, eps)} of this rank's -> {name: [P, G] of all, or a number}"""
     parts = slices(cfg.group_size, cfg.micro_batch or cfg.group_size)
-    batches = [[(group, rows) for group in groups[batch] for rows in parts]
+    batches = [[(group, images) for group in groups[batch] for images in parts]
                for batch in slices(len(groups), len(groups) // cfg.updates)]
+    # The first batch meets theta_old itself, below; the others need its estimates.
     old = old_estimates(learner.policy, sum(batches[1:], []), pairs, cfg)
     stats, norms = {}, []
     for batch in batches:
-        images = sum(rows.stop - rows.start for _, rows in batch)
-        for group, rows in tqdm(batch, "update", delay=10, leave=False, disable=not is_main()):
-            L, x = estimate(learner.policy, group, rows, pairs[group.index], cfg)
+        count = sum(images.stop - images.start for _, images in batch)
+        for group, images in tqdm(batch, "update", delay=10, leave=False, disable=not is_main()):
+            L, x = estimate(learner.policy, group, images, pairs[group.index], cfg)
             if batch is batches[0]:                       # theta is theta_old still: L_old = sg(L)
                 L_old, x_old = L.detach(), x.detach()
             else:
-                L_old, x_old = old[group.index, rows.start]
-            A = advantages[group.index, rows].to(L.device)
+                L_old, x_old = old[group.index, images.start]
+            A = advantages[group.index, images].to(L.device)
             loss, ratio = clipped_objective(L, L_old, A, cfg.clip)
             kl = simple_kl(x, x_old) if cfg.kl else torch.zeros_like(L)
             loss = loss + cfg.kl * kl
-            (loss.sum() / images).backward()              # of this rank; ranks are averaged
+            (loss.sum() / count).backward()               # of this rank; ranks are averaged
             stats.setdefault(group.index, []).append(torch.stack([loss, ratio, kl, L]).detach())
         norms.append(gradient_step(learner, cfg))
-    table = gather_rows({index: torch.cat(rows, 1).double().cpu() for index, rows in stats.items()})
+    rows = {index: torch.cat(values, 1).double().cpu() for index, values in stats.items()}
+    table = gather_rows(rows)
     lr = learner.optimizer.param_groups[0]["lr"]
     return {**dict(zip(("loss", "ratio", "kl", "surrogate"), table.transpose(0, 1))),
             "grad_norm": sum(norms) / len(norms), "lr": lr}
@@ -326,7 +330,7 @@ def gradient_step(learner, cfg):
 def run_iteration(learner, scorer, items, cfg, iteration):
     """Algorithm 1, for this rank's {group's index: item}.  -> the iteration's metrics"""
     clock = [time.perf_counter()]
-    # 1. theta_old <- theta. Nothing is copied: what theta_old has to say is asked before the steps.
+    # 1. theta_old <- theta. Nothing is copied: its L_hat and x are computed before the first step.
     # 2. For each prompt, generate G outputs with theta_old, by an ODE solver.
     groups = collect(learner.policy, items, cfg.group_size, cfg, cfg.seed, "noise", iteration)
     clock.append(time.perf_counter())
@@ -338,7 +342,7 @@ def run_iteration(learner, scorer, items, cfg, iteration):
     advantages = soft_clip(advantages, cfg.soft_clip)
     clock.append(time.perf_counter())
 
-    # 4. Draw the timestep-noise pairs.
+    # 4. Draw the timestep-noise pairs. (In the paper before the rewards; "matched" needs A.)
     pairs = {}
     for group in groups:
         of = "all groups" if cfg.share == "batch" else group.index
@@ -357,7 +361,7 @@ def run_iteration(learner, scorer, items, cfg, iteration):
 class Run:
     """What train() works with; prepare() loads it."""
     out: Path                 # the run folder
-    done: int                 # iterations that its last checkpoint has seen
+    done: int                 # iterations behind the start: 0, or the checkpoint's
     indices: list             # of this rank's groups, among those of all ranks
     train_items: list
     eval_items: list
@@ -398,7 +402,8 @@ def evaluate(run, cfg, iteration):
     calls = math.ceil(len(items) / ranks) * ranks         # as many on each rank, as FSDP2 wants
     mine = {index: items[index % len(items)] for index in range(rank, calls, ranks)}
     with averaged_weights(run.learner, cfg):
-        groups = collect(run.learner.policy, mine, max(1, 192 // len(items)), cfg, "evaluation")
+        G = max(1, 192 // len(items))                     # about 192 images
+        groups = collect(run.learner.policy, mine, G, cfg, "evaluation")
     rewards = score(run.eval_scorer, groups)[:, :len(items)]
     weights = torch.tensor(list(run.eval_scorer.weights.values())).double()
     metrics = {f"eval/{name}": row.nanmean().item()
@@ -428,9 +433,11 @@ class Conditions:
 
 @contextmanager
 def listen(pipe, names, time_name):
-    """Hear a call of the pipeline. This gives an object that holds, after the call,
+    """Hear a call of the pipeline, whose network takes arguments of these names. This gives an
+    object that holds, after the call,
     .calls: the network's arguments {name: value} in each of its calls of the first step,
     .times: the time it was told in each step, .grid: the sampler's t, .latents: the last;
+    .told: the network's arguments in its last call,
     .sample and .velocity: z_t and what the scheduler was given for it in the last step."""
     heard, step = SimpleNamespace(calls=[], times=[]), pipe.scheduler.step
 
@@ -458,14 +465,17 @@ def listen(pipe, names, time_name):
         del pipe.scheduler.step                           # the class's is back
 
 class Policy:
-    """generate() samples with the pipeline; velocity() is its network for one prompt, to train."""
+    """generate() samples with the pipeline; velocity() is its network for one prompt, to train.
+    probe() finds .axes, where images lie in arguments, .sign, of the velocity, .unguided, the scale
+    of one pass, .guidance, the rollout's, and .two_passes, whether that takes two."""
 
     def __init__(self, pipe, cfg, device, **options):
         self.pipe, self.transformer, self.device = pipe, pipe.transformer, device
         self.names = list(inspect.signature(self.transformer.forward).parameters)
-        self.latent = self.names[0]
-        self.time = next((name for name in self.names if re.match("timestep|t$", name)), None)
-        self.count, size = size_options(pipe, cfg)
+        self.latent_name = self.names[0]
+        self.time_name = next((name for name in self.names if re.match("timestep|t$", name)), None)
+        self.accepted = inspect.signature(pipe.__call__).parameters
+        self.count_name, size = size_options(self.accepted, cfg)
         self.options = {**options, **size}
         pipe.scheduler = make_scheduler(pipe.scheduler, cfg.solver)
         with one_line(UsageError, f"--model: {type(pipe).__name__} at --guidance {cfg.guidance}, "
@@ -485,11 +495,12 @@ class Policy:
         return images, heard.latents.float(), self.conditions(told, heard)
 
     def call(self, prompt, generators, guidance, **options):
-        with listen(self.pipe, self.names, self.time) as heard:
-            options = {**self.options, **guidance_options(self.pipe, guidance), **options}
-            if self.count:
-                options[self.count] = len(generators)
-            prompts = prompt if self.count else [prompt] * len(generators)
+        with listen(self.pipe, self.names, self.time_name) as heard:
+            guided = guidance_options(self.pipe, self.accepted, guidance)
+            options = {**self.options, **guided, **options}
+            if self.count_name:
+                options[self.count_name] = len(generators)
+            prompts = prompt if self.count_name else [prompt] * len(generators)
             return self.pipe(prompt=prompts, generator=generators, **options)[0], heard
 
     def conditions(self, told, heard):
@@ -497,10 +508,11 @@ class Policy:
         return Conditions(first_row(told, self.axes), heard.grid, torch.cat(heard.times))
 
     def velocity(self, z, t, c):
-        """v_theta(z_t, t, c) in fp32.  z [B, ...], t [B] -> [B, ...]"""
+        """v_theta(z_t, t, c) in fp32.  z [N, ...], t [N] -> [N, ...]; N = B M in an update"""
         arguments = repeat_row(c.arguments, self.axes, len(z))
-        arguments[self.time] = network_time(t.to(self.device), c.grid.to(self.device), c.times)
-        arguments[self.latent] = network_input(z.to(self.device), c.arguments[self.latent])
+        arguments[self.time_name] = network_time(t.to(self.device), c.grid.to(self.device), c.times)
+        heard = c.arguments[self.latent_name]
+        arguments[self.latent_name] = network_input(z.to(self.device), heard)
         v = self.transformer(**arguments)[0]
         v = torch.stack(v) if isinstance(v, list) else v
         if v.numel() != z.numel():
@@ -514,10 +526,10 @@ class Policy:
         try:
             self.call("a", noise, 1.0, **SHORT)
         except RuntimeError:                              # some cannot repeat a prompt
-            self.count = None
+            self.count_name = None
         for self.unguided in (1.0, 0.0):                  # 1 to most pipelines, 0 to some
             _, three = self.call("a", noise, self.unguided, **SHORT)
-            if len(three.calls) == 1 and len(three.told[self.latent]) == 3:
+            if len(three.calls) == 1 and len(three.told[self.latent_name]) == 3:
                 break
         else:
             raise UsageError("its network cannot be called for a prompt alone, without guidance")
@@ -534,7 +546,7 @@ class Policy:
                              "from t = 1 to 0")
         self.guidance = guidance or self.unguided
         _, heard = self.call("a", noise[:2], self.guidance, num_inference_steps=2, output_type="pt")
-        self.two_passes = len(heard.calls) > 1 or len(heard.told[self.latent]) > 2
+        self.two_passes = len(heard.calls) > 1 or len(heard.told[self.latent_name]) > 2
         if self.two_passes:
             say(f"--guidance {guidance}: it guides the rollout; the prompt's own pass is trained")
 
@@ -568,7 +580,7 @@ def load_policy(cfg, device):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def model_index(cfg):
-    """model_index.json. With it the network's config is asked for, which a gated model refuses."""
+    """model_index.json. The network's config is asked for first: a gated model refuses it."""
     name = MODELS.get(cfg.model, cfg.model)
     with one_line(UsageError, f"--model {cfg.model}", f"; {GET_MODEL}"):
         diffusers.AutoModel.load_config(name, subfolder="transformer")
@@ -586,7 +598,7 @@ def load_pipeline(cfg):
             name, dtype=DTYPES[cfg.dtype], **absent)
 
 def prepare_transformer(transformer, cfg, device):
-    """What trains, how it is computed, where it lies. The order matters."""
+    """What trains, how it is computed, where it lies: no part of the method. The order matters."""
     # 1. The LoRA: sharding has to know its weights, to leave them whole.
     if cfg.lora_rank:
         add_lora(transformer, cfg, device, generator)
@@ -648,7 +660,7 @@ def start_learner(policy, trainable, cfg, folder=None):
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.weight_decay)
     if cfg.lora and not folder:
         load_lora(cfg.lora, trainable, cfg)
-    ema = EMAModel(params if cfg.ema else [], decay=cfg.ema)       # step s: min(ema, s / (s + 9))
+    ema = EMAModel(params if cfg.ema else [], decay=cfg.ema)  # s steps: min(ema, s / (s + 9))
     learner = Learner(policy, trainable, optimizer, ema)
     if folder:
         try:
@@ -668,15 +680,15 @@ def resume_state(learner):
 def save_checkpoint(out, iteration, learner, cfg):
     """Write under another name, then rename: what is there is whole. The last two stay."""
     final = out / "checkpoints" / f"{iteration:06d}"
-    partial, state = final.with_name("partial"), resume_state(learner)
+    unfinished, state = final.with_name("partial"), resume_state(learner)
     if is_main():
-        shutil.rmtree(partial, ignore_errors=True)        # of a run that was killed
-    export_weights(partial, state["weights"], learner.policy.transformer, cfg)
+        shutil.rmtree(unfinished, ignore_errors=True)     # of a run that was killed
+    export_weights(unfinished, state["weights"], learner.policy.transformer, cfg)
     if cfg.ema:
-        export_weights(partial / "ema", state["averaged"], learner.policy.transformer, cfg)
-    dcp.save(state, checkpoint_id=partial / "resume")
+        export_weights(unfinished / "ema", state["averaged"], learner.policy.transformer, cfg)
+    dcp.save(state, checkpoint_id=unfinished / "resume")
     if is_main():
-        partial.rename(final)
+        unfinished.rename(final)
         for folder in sorted(final.parent.glob("[0-9]" * 6))[:-2]:
             shutil.rmtree(folder)
 
@@ -801,7 +813,7 @@ def prepare(cfg, device):
         raise UsageError(f"--out {out}: must be on a disk that all machines share")
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     say(f"{out}: {cfg.model} with recipe {cfg.recipe}, {ranks} x {card}")
-    model_index(cfg)
+    model_index(cfg)                                      # fails now if it is gated or missing
     say(f"loading prompts {cfg.prompts}, rewards {cfg.reward}")
     with first_rank_first():
         train_items, eval_items = load_prompts(cfg, generator("held out"))
@@ -820,23 +832,12 @@ def prepare(cfg, device):
     log = start_log(out, cfg, done) if rank == 0 else lambda values: None
     return Run(out, done, indices, train_items, eval_items, *scorers, learner, log)
 
-def quiet_libraries():
-    """Only weights that a file lacks are worth a warning, and one rank's progress bars do."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        if not is_main():
-            library.utils.logging.disable_progress_bar()
-    for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # One process saves alone; nothing changes views of a sharded block in place.
-    warnings.filterwarnings("ignore", "torch.distributed is disabled|.*FSDP2-wrapped module")
-
 def main(argv=None):
     caught, stopped = [], False
     try:
         cfg = parse_config(argv)
         device = start_ranks()
-        quiet_libraries()
+        quiet_libraries(is_main())
         run = prepare(cfg, device)
         caught = watch_signals()
         stopped = train(run, cfg, caught)

@@ -2,6 +2,7 @@
 import argparse
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -9,11 +10,14 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -92,6 +96,18 @@ def check(cfg):
         raise UsageError(f"--resolution {cfg.resolution}: give a side in pixels, or WIDTHxHEIGHT")
     if not (cfg.model in MODELS or "/" in cfg.model or Path(cfg.model).is_dir()):
         raise UsageError(f"--model {cfg.model}: is unknown; {GET_MODEL}")
+
+
+def quiet_libraries(main):
+    """Only weights that a file lacks are worth a warning, and only the main rank shows progress."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        if not main:
+            library.utils.logging.disable_progress_bar()
+    for name in ("diffusers.models.modeling_utils", "transformers.modeling_utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # One process saves alone; nothing changes views of a sharded block in place.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|.*FSDP2-wrapped module")
 
 
 def watch_signals():

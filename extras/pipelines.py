@@ -1,5 +1,4 @@
 """What differs between diffusers' pipelines: schedulers, keywords, the form of arguments."""
-import inspect
 import re
 
 import diffusers
@@ -36,16 +35,18 @@ def make_scheduler(scheduler, solver):
     return dpm
 
 
-def size_options(pipe, cfg):
-    """-> the pipeline's keyword for the number of images or videos, its keywords for their size"""
-    accepted, size = inspect.signature(pipe.__call__).parameters, {}
+def size_options(accepted, cfg):
+    """Of a call that accepts these keywords.  -> that for the number of images or videos, and those
+    for their size with their values
+    """
+    size = {}
     if cfg.resolution:
         width, _, height = cfg.resolution.partition("x")
         size |= {"width": int(width), "height": int(height or width)}
     if cfg.frames:
         name = next((name for name in accepted if re.fullmatch("(num_)?frames", name)), None)
         if not name:
-            raise UsageError(f"--frames: {type(pipe).__name__} makes pictures")
+            raise UsageError("--frames: this --model makes pictures")
         size[name] = cfg.frames
     return next((name for name in accepted if name.endswith("s_per_prompt")), None), size
 
@@ -99,12 +100,12 @@ def network_input(z, heard):
     return list(z) if isinstance(heard, list) else z
 
 
-def guidance_options(pipe, scale):
+def guidance_options(pipe, accepted, scale):
     """The pipeline's keywords for a guidance scale; true_cfg_scale where it takes two calls."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    for name, part in pipe.components.items():
-        if name.endswith("guider") and part:              # some keep it in a part of its own
-            setattr(pipe, name, part.new(guidance_scale=scale, enabled=scale > 1))
+    for name in ("guider", "ocr_guider"):                 # some keep it in parts of their own
+        if getattr(pipe, name, None):
+            guider = getattr(pipe, name).new(guidance_scale=scale, enabled=scale > 1)
+            setattr(pipe, name, guider)
     if "true_cfg_scale" in accepted and not pipe.transformer.config.get("guidance_embeds"):
         return {"true_cfg_scale": scale, "negative_prompt": " " if scale > 1 else None}
     return {"guidance_scale": scale} if "guidance_scale" in accepted else {}
