@@ -34,7 +34,8 @@ Where this file departs from the paper:
     Eq. 16 prints a squared norm, a sum over a latent's d numbers; here it is a mean, so --kl .3 is
     a printed beta of .3 / d. Which of the two the paper's code has is unknown.
  6. Guidance in two passes takes part in sampling only: the prompt's own pass is what trains.
-As in the paper, t is a step of the sampler's grid, so --solver and --steps change the estimator.
+As in the paper, t is a step of the sampler's grid: L_hat's target is a mean over the steps, not an
+integral over t, and --solver and --steps change it.
 """
 import hashlib
 import inspect
@@ -129,7 +130,7 @@ def add_noise(o, t, eps):
 
 def draw_pairs(rng, grid, M, shape, stratified=True, antithetic=True):
     """A set of M pairs; the paper's has antithetic=False. group_pairs() shares it out.
-    grid [n], the timesteps of the sampler -> t [M] of them, eps [M, *shape]"""
+    grid [n], the timesteps of the sampler, all > 0 -> t [M] of them, eps [M, *shape]"""
     u = torch.rand(M, generator=rng)
     if stratified:
         u = (torch.arange(M) + u) / M                     # one u in each stratum [j/M, (j+1)/M)
@@ -168,7 +169,7 @@ def surrogate(v, o, z, t, weight="adaptive"):
     x = z - t * v
     error = x - o[:, None]                                # of the x-prediction
     if weight == "v":
-        error = error / t                                 # = (eps - o) - v_theta; no grid has t = 0
+        error = error / t                                 # = (eps - o) - v_theta
     if weight == "eps":
         error = error * (1 - t) / t                       # = eps - eps_theta
     error = error.flatten(2)
@@ -210,7 +211,7 @@ def clipped_objective(L, L_old, advantages, clip=0.0):
 
 def simple_kl(x, x_old):
     """Eq. 16 without beta: mean (x_theta - x_theta_old)^2, pairs and latent.  [B, M, ...] -> [B]"""
-    return (x - x_old).square().flatten(1).mean(1)
+    return (x - x_old).square().flatten(2).mean(2).mean(1)
 
 # ----------------------------------------------------------------------------------- the rollout
 

@@ -112,11 +112,12 @@ def guidance_options(pipe, accepted, scale):
 
 
 def network_time(t, grid, times):
-    """What the network is told for t: as heard at the sampler's steps, linear between them.
+    """What the network is told for t: as heard at the sampler's steps, elsewhere on the line
+    through two of them, in the dtype in which it was told. (z_t has the exact t.)
     t [B], grid [n], times [n, ...] -> [B, ...]
     """
     after = torch.searchsorted(-grid, -t).clamp(1, len(grid) - 1)
-    before = after - 1                                    # grid[before] > t >= grid[after]
+    before = after - 1                                    # of a t within the grid
     weight = (grid[before] - t) / (grid[before] - grid[after])
     weight = weight.reshape(-1, *[1] * (times.ndim - 1))
     return torch.lerp(times[before].float(), times[after].float(), weight).to(times.dtype)
