@@ -1221,7 +1221,11 @@ def test_under_nohup_a_hangup_stays_ignored(monkeypatch, launched, heard):
 
 def test_ctrl_c_while_loading_leaves_no_traceback(tmp_path, monkeypatch, capsys):
     """Exit code 130."""
-    monkeypatch.setattr(vgrpo, "load_pipeline", lambda cfg: signal.raise_signal(signal.SIGINT))
+    def press_ctrl_c(cfg):
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell may have it ignored
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(vgrpo, "load_pipeline", press_ctrl_c)
     with pytest.raises(SystemExit) as end:
         run(tmp_path)
     assert end.value.code == 130 and "Traceback" not in capsys.readouterr().err
