@@ -1209,6 +1209,16 @@ def test_a_signal_ends_the_iteration_saves_and_exits(tmp_path, monkeypatch, capf
     assert checkpoints(tmp_path) == ["000001"] and len(metrics(tmp_path)) == 1
     assert capfd.readouterr().err.count("once more ends at once") == 1
 
+def test_compiled_blocks_are_compiled_when_they_are_recomputed_too():
+    """Dynamo sees their frames: it would skip a block whose forward were a partial of checkpoint."""
+    torch._dynamo.reset()
+    block = torch.nn.Linear(2, 2)
+    block.forward = pipelines.recomputed(block.forward)
+    block.compile(backend="eager")
+    torch._dynamo.utils.counters.clear()
+    block(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
 @pytest.mark.parametrize("launched, heard", [(False, STOPS[:2]), (True, STOPS)])
 def test_under_nohup_a_hangup_stays_ignored(monkeypatch, launched, heard):
     """But by torchrun, which listens all the same and passes it on to its ranks."""

@@ -49,7 +49,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,12 +62,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from extras.command_line import explain, failure, quiet_libraries, read_flags, watch_signals
 from extras.pipelines import (first_row, guidance_options, image_axes, make_scheduler,
-                              network_input, network_time, repeat_row, size_options)
+                              network_input, network_time, recomputed, repeat_row, size_options)
 from extras.prompts import load_prompts
 from extras.recipes import GET_MODEL, MODELS, OPTIONS
 from extras.run_folder import metrics_of, save_grid, start_log
@@ -526,6 +524,8 @@ class Policy:
         noise = [generator("probe", image) for image in range(3)]
         try:
             self.call("a", noise, 1.0, **SHORT)
+        except (torch.OutOfMemoryError, dist.DistError):
+            raise
         except RuntimeError:                              # some cannot repeat a prompt
             self.count_name = None
         for self.unguided in (1.0, 0.0):                  # 1 to most pipelines, 0 to some
@@ -613,7 +613,7 @@ def prepare_transformer(transformer, cfg, device):
     blocks, dtype = [block for part in lists for block in part], DTYPES[cfg.dtype]
     for block in blocks:
         if cfg.checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = recomputed(block.forward)
         if cfg.compile:
             block.compile(recompile_limit=64)             # for kinds of block, shapes, grad or not
     if is_sharded(cfg):
@@ -691,7 +691,7 @@ def save_checkpoint(out, iteration, learner, cfg):
     if is_main():
         unfinished.rename(final)
         for folder in sorted(final.parent.glob("[0-9]" * 6))[:-2]:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 def export_weights(folder, weights, transformer, cfg):
     """Write {name: tensor} as diffusers loads it: a LoRA's file, or a transformer's folder."""

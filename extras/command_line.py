@@ -1,5 +1,6 @@
 """The command line: flags from a dataclass, signals, and errors that end in one line."""
 import argparse
+import faulthandler
 import inspect
 import json
 import logging
@@ -15,7 +16,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import diffusers
-import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
@@ -33,8 +33,7 @@ CHOICES = {
 }
 LEAST = {"iterations": 1, "prompts_per_iteration": 1, "group_size": 2, "updates": 1, "steps": 2,
          "n_mc": 1, "lora_alpha": 1e-3, "eval_every": 1, "save_every": 1}
-KNOWN_ERRORS = (UsageError, RunError, OSError, SafetensorError, torch.OutOfMemoryError,
-                CheckpointException)
+KNOWN_ERRORS = (UsageError, RunError, OSError, SafetensorError, CheckpointException)
 
 
 def read_flags(Config, description, argv):
@@ -114,18 +113,26 @@ def watch_signals():
     """From now on a first signal only asks the loop to save and stop; a second one ends at once.
     -> the list of signals that came
     """
+    # nohup has SIGHUP ignored. torchrun listens all the same and passes it on to its ranks.
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+               if signal.getsignal(number) != signal.SIG_IGN or dist.is_initialized()]
     caught = []
+
+    def answer(how):
+        for number in numbers:
+            signal.signal(number, how)
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        answer(lambda *_: None)        # a queue tells ranks and torchrun, which tells them once more
         if not dist.is_initialized() or dist.get_rank() == 0:
-            os.write(2, b"\nfinishing the iteration, then saving; once more ends at once\n")
+            os.write(2, b"\na signal came: finishing the iteration, then saving; "
+                        b"once more ends at once\n")
+        time.sleep(1)
+        answer(signal.SIG_DFL)         # of all: torchrun makes a SIGTERM of a second Ctrl-C
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup has SIGHUP ignored. torchrun listens all the same and passes it on to its ranks.
-        if signal.getsignal(number) != signal.SIG_IGN or dist.is_initialized():
-            signal.signal(number, catch)
+    answer(catch)
+    faulthandler.register(signal.SIGUSR1, file=2)                # kill -USR1 tells where a rank is
     return caught
 
 

@@ -3,6 +3,7 @@ import re
 
 import diffusers
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rewards import UsageError
 
@@ -109,6 +110,16 @@ def guidance_options(pipe, accepted, scale):
     if "true_cfg_scale" in accepted and not pipe.transformer.config.get("guidance_embeds"):
         return {"true_cfg_scale": scale, "negative_prompt": " " if scale > 1 else None}
     return {"guidance_scale": scale} if "guidance_scale" in accepted else {}
+
+
+def recomputed(forward):
+    """A block's forward, whose activations are computed again in the backward pass.
+    A function of its own, not a partial: torch.compile would skip a partial and all below it.
+    """
+    def recomputed_forward(*args, **kwargs):
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed_forward
 
 
 def network_time(t, grid, times):
