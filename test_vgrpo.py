@@ -1210,7 +1210,7 @@ def test_a_signal_ends_the_iteration_saves_and_exits(tmp_path, monkeypatch, capf
     assert capfd.readouterr().err.count("once more ends at once") == 1
 
 def test_compiled_blocks_are_compiled_when_they_are_recomputed_too():
-    """Dynamo sees their frames: it would skip a block whose forward were a partial of checkpoint."""
+    """Dynamo sees their frames; it would skip one whose forward were a partial of checkpoint."""
     torch._dynamo.reset()
     block = torch.nn.Linear(2, 2)
     block.forward = pipelines.recomputed(block.forward)

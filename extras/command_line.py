@@ -124,7 +124,7 @@ def watch_signals():
 
     def catch(number, frame):
         caught.append(number)
-        answer(lambda *_: None)        # a queue tells ranks and torchrun, which tells them once more
+        answer(lambda *_: None)        # a queue tells ranks and torchrun, which tells them again
         if not dist.is_initialized() or dist.get_rank() == 0:
             os.write(2, b"\na signal came: finishing the iteration, then saving; "
                         b"once more ends at once\n")

@@ -1,0 +1,97 @@
+"""The mini world: drawings are read back, verdicts, held-out compositions."""
+import json
+import random
+
+import pytest
+import torch
+from torch.nn.functional import interpolate as resize
+
+from extras import mini_geneval as G
+from extras import mini_world as W
+
+PICTURE = {"include": [
+    {"class": "ring", "count": 1, "color": "red"},
+    {"class": "bar", "count": 1, "color": "blue", "position": ["right of", 0]}]}
+
+def shipped(name):
+    lines = (G.FOLDER / f"prompts_{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+def test_drawings_are_read_back():
+    held_out, others = W.split()
+    every = W.items(others) + W.items(held_out)
+    images = W.draw(every, random.Random(1))
+    right = G.strict(images, [], every)
+    assert images.ndim == 4
+    assert right.mean() > 0.99
+    assert G.as_drawn(images, [], every).min() > 0.98
+    large = resize(images, scale_factor=3)
+    assert right.equal(G.strict(large, [], every))
+
+@pytest.mark.parametrize("color", W.COLORS)
+@pytest.mark.parametrize("shape", W.SHAPES)
+def test_a_shape_is_found_where_it_is(shape, color):
+    """Its area is 80."""
+    first, place = torch.tensor([0]), torch.tensor([[15.3, 22.6, 80]])
+    which = first + W.SHAPES.index(shape)
+    hue = first + list(W.COLORS).index(color)
+    image = W.render(first, 1, which, hue, place)
+    found, = G.find(image)
+    (fit, box, mask), = found.pop(shape)
+    assert not found
+    assert fit > 0.95
+    assert G.color_of(image[0], shape, box, mask) == color
+    x, y = box.double().mean(0)
+    assert 14 < x < 16 and 20 < y < 24
+    (left, top), (right, bottom) = box
+    assert mask[top:bottom, left:right].sum() == mask.sum()
+
+@pytest.mark.parametrize("tag,text,score", [
+    ("single_object", "a ring", 1),
+    ("single_object", "a cross", 0),
+    ("two_object", "a bar and a ring", 1),
+    ("two_object", "a bar and a cross", 0.5),
+    ("counting", "two rings", 0.5),
+    ("counting", "three red rings", 1 / 6),
+    ("colors", "a blue bar", 1),
+    ("colors", "a red bar", 0.5),
+    ("position", "a bar right-of a ring", 1),
+    ("position", "a bar left-of a ring", 2 / 3),
+    ("position", "a ring left-of a bar", 1),
+    ("color_attr", "a red ring and a blue bar", 1),
+    ("color_attr", "a blue ring and a red bar", 0.5),
+])
+def test_verdicts_on_a_red_ring_left_of_a_blue_bar(tag, text, score):
+    image = W.draw([PICTURE], random.Random(0))
+    data = W.metadata(tag, [word.replace("-", " ") for word in text.split()])
+    assert G.score(image, [text], [data]).item() == pytest.approx(score)
+    assert G.strict(image, [text], [data]).item() == (score == 1)
+
+def test_three_of_a_kind_and_none():
+    data = W.metadata("counting", ["three", "white", "crosses"])
+    three = W.draw([data], random.Random(0))
+    images = torch.cat([three, torch.full_like(three, W.GROUND)])
+    assert G.strict(images, [], [data, data]).tolist() == [1, 0]
+
+def test_as_drawn_tells_bent_shapes():
+    image = W.draw([PICTURE], random.Random(0))
+    wide = resize(image, (40, 52), mode="bilinear")[..., 6:46]
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([image, wide, image + 0.1 * noise, noise])
+    same, bent, noisy, nothing = G.as_drawn(images, [], [])
+    assert same > 0.98 > 0.9 > bent > 0.8
+    assert 0.5 < noisy < 0.7
+    assert nothing < 0.1
+
+def test_held_out_compositions_are_new_and_their_words_are_not():
+    bar_left = W.composition(("a", "bar", "left of", "a", "ring"))
+    assert bar_left == W.composition(("a", "ring", "right of", "a", "bar"))
+    held_out, others = W.split()
+    hidden = set(map(W.composition, sum(held_out.values(), [])))
+    assert len(hidden) == 48 and not hidden & set(map(W.composition, sum(others.values(), [])))
+    test, train = shipped("test"), shipped("train")
+    assert test == W.items(held_out)
+    assert train == W.items(others)
+    words = " ".join(item["prompt"] for item in train).split()
+    for item in test:
+        assert set(item["prompt"].split()) <= set(words)
