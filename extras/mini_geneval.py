@@ -158,7 +158,7 @@ def fit_transformer(pipe, captions, images, gen, steps):
         return F.mse_loss(v, eps - x)                     # flow matching
     fit(pipe.transformer, loss, steps, 2e-3, "transformer")
 
-def pretrain(vae_steps=800, steps=10_000):
+def pretrain(vae_steps=800, steps=8000):
     pipe, rng, gen = blank(), random.Random(0), torch.Generator().manual_seed(0)
     captions, images = draw_sentences(16384, rng)
     fit_vae(pipe.vae, images, gen, vae_steps)
