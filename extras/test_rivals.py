@@ -105,7 +105,7 @@ def test_costs_and_first_ratios(tmp_path, method):
     assert set(first) == {1.0}
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["epg", "ram"])         # the quickest two; all have been seen to
+@pytest.mark.parametrize("method", ["epg", "ram"])         # the quickest two of six
 def test_it_learns(tmp_path, method):
     rivals.main(flags(method, tmp_path))
     log = (tmp_path / "metrics.jsonl").read_text()
