@@ -5,7 +5,6 @@ import http.server
 import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -23,15 +22,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Mask2FormerConfig, SwinConfig
 
-os.environ["HF_HUB_OFFLINE"] = "1"                # read when the hub's library is imported
-
-from transformers import Mask2FormerConfig, SwinConfig  # noqa: E402
-
-import rewards  # noqa: E402
-from extras import aesthetic, geneval, geneval_detector, hpsv2  # noqa: E402
-from extras import imagereward, judge, ocr, tiny_world  # noqa: E402
-from rewards import Rewards, RunError, UsageError  # noqa: E402
+import rewards
+from extras import aesthetic, geneval, geneval_detector, hpsv2, imagereward, judge, ocr, tiny_world
+from rewards import Rewards, RunError, UsageError
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
 
