@@ -43,6 +43,9 @@ REWARDS = {
     "unified": (EXTRAS / "judge.py", "Judge"),
     "incompressibility": (THIS, "incompressibility"),
     "compressibility": (THIS, "compressibility"),
+    "objects": (EXTRAS / "mini_geneval.py", "score"),
+    "objects-strict": (EXTRAS / "mini_geneval.py", "strict"),
+    "as-drawn": (EXTRAS / "mini_geneval.py", "as_drawn"),
     "shapes": (EXTRAS / "tiny_world.py", "shapes"),
     "shapes-strict": (EXTRAS / "tiny_world.py", "shapes_strict")}
 
@@ -100,7 +103,7 @@ class Rewards:
     def __init__(self, spec, device="cpu", offload=False, flag="--reward"):
         self.device, self.flag = torch.device(device), flag
         self.home = torch.device("cpu") if offload else self.device
-        self.weights, self.rewards, self.own = {}, {}, {}
+        self.weights, self.rewards = {}, {}
         for item in spec.split(","):
             with one_line(UsageError, f"{flag} {item}", "; try `hf auth login`, or NAME@FOLDER"):
                 self.add(item.strip())
@@ -112,8 +115,8 @@ class Rewards:
         what, weight = item.rsplit("=", 1) if "=" in item else (item, 1)
         file, own, name = what.rpartition(".py:")
         name, _, source = name.partition("@")
-        known = own or name in REWARDS
-        if not known or name in self.weights or not 0 <= float(weight) < math.inf:
+        known, new = own or name in REWARDS, name not in self.weights
+        if not (known and new and 0 <= float(weight) < math.inf):
             raise UsageError("write NAME=NUMBER, each once, 0 or more; NAME: FILE.py:fn, "
                              + ", ".join(REWARDS))
         reward = import_own(file + ".py", name) if own else import_own(*REWARDS[name])
@@ -121,20 +124,18 @@ class Rewards:
             reward = build(reward, self.device, source)
         if isinstance(reward, nn.Module):
             reward.to(self.home)
-        self.rewards[name], self.own[name], self.weights[name] = reward, own, float(weight)
+        self.rewards[name], self.weights[name] = reward, float(weight)
 
     def check(self, prompts, metadata):
         """At start-up: name the first prompt that a reward cannot judge."""
         for name, reward in self.rewards.items():
             check = getattr(reward, "check", lambda prompt, data: "")
             for prompt, data in zip(prompts, metadata):
-                lack = check(prompt, data)
-                if lack:
+                if lack := check(prompt, data):
                     raise UsageError(f"{self.flag} {name}: prompt {prompt!r} has no {lack}")
 
     def __call__(self, images, prompts, metadata, chunk=32):
-        images = images.to(self.device)                 # first: a device divides in no time
-        images = images / 255 if images.dtype == torch.uint8 else quantise(images)
+        images = images.to(self.device)
         whole = split((images, prompts, metadata), chunk)
         if images.ndim == 4:
             return {name: self.score(name, whole, prompts) for name in self.rewards}
@@ -151,11 +152,11 @@ class Rewards:
 
     def score(self, name, chunks, prompts):
         reward, rows = self.rewards[name], []
-        where = f"reward {name} on {list(dict.fromkeys(prompts))}"
+        where = f"reward {name} on {list(dict.fromkeys(prompts))[:3]}"
         with visiting([reward], self.device), one_line(RunError, where), torch.inference_mode():
             for images, *texts in chunks:
-                images = images.clone() if self.own[name] else images   # a user's may write to them
-                rows.append(reward(images, *texts))
+                images = images / 255 if images.dtype == torch.uint8 else quantise(images)
+                rows.append(reward(images, *texts))     # which may write to them
             row, N = torch.cat(rows).cpu(), len(prompts)
             if not row.is_floating_point() or row.shape != (N,) or row.float().isinf().any():
                 raise TypeError(f"{row.dtype} {list(row.shape)}: not {N} floats or NaN")

@@ -1243,7 +1243,7 @@ def test_ctrl_c_while_loading_leaves_no_traceback(tmp_path, monkeypatch, capsys)
 # ---- errors end in one line
 
 BAD = [
-    ("--model nobody/nothing", "hub id or folder"), ("--model tinny", "tiny, sd3.5-medium"),
+    ("--model nobody/nothing", "hub id or folder"), ("--model tinny", "tiny, mini, sd3.5"),
     ("--model .",), ("--recipe x", "sd3.5-s1"), ("--solver heun", "euler", "dpm++"),
     ("--reward beauty", "pickscore"), ("--reward shapes=0", "weights are 0"),
     ("--reward MISSING.py:fn",), ("--eval-reward beauty",), ("--lora MISSING --lora-rank 4",),

@@ -77,10 +77,10 @@ from rewards import Rewards, RunError, UsageError, one_line, visiting
 class Config:
     """Every flag. The defaults are the paper's stage 1; recipes (extras/recipes.py) go over them"""
     model: str = "tiny"              # a short name (see MODELS), a hub id, or a pipeline's folder
-    recipe: str = ""                 # tiny, sd3.5-s1 ... -s5, -fast, flux (default: the model's)
+    recipe: str = ""                 # tiny, mini, sd3.5-s1 ... -s5, -fast, flux (default: the model's)
     reward: str = "shapes"           # NAME[@FOLDER][=NUMBER],... or FILE.py:NAME (see rewards.py)
     eval_reward: str = ""            # rewards of the evaluation (default: --reward)
-    prompts: str = "shapes"          # FILE.txt, FILE.jsonl, or shapes, pickscore, geneval, ocr
+    prompts: str = "shapes"          # FILE.txt, FILE.jsonl, or shapes, mini, pickscore, geneval, ocr
     eval_prompts: str = ""           # prompts of the evaluation (default: what --prompts holds out)
     lora: str = ""                   # start from these LoRA weights (an earlier stage's checkpoint)
     iterations: int = 150            # rollout-and-update rounds
@@ -569,7 +569,7 @@ def load_policy(cfg, device):
         part.requires_grad_(False).eval()
         if part not in visitors and not (part is pipe.transformer and is_sharded(cfg)):
             part.to(device)
-    if cfg.model != "tiny" and hasattr(pipe.vae, "enable_slicing"):
+    if cfg.model not in OPTIONS and hasattr(pipe.vae, "enable_slicing"):
         pipe.vae.enable_slicing()                         # decode one by one; tiny ones go together
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "encode_prompt"):

@@ -10,7 +10,10 @@ import torch
 from extras import prompt_sets
 from rewards import UsageError, one_line
 
-SHAPES = Path(__file__).parents[1] / "assets" / "tiny-sd3" / "prompts.txt"
+ASSETS = Path(__file__).parents[1] / "assets"
+OURS = {                       # files of what trains, of what evaluates
+    "shapes": ("tiny-sd3/prompts.txt",),
+    "mini": ("mini-sd3/prompts_train.jsonl", "mini-sd3/prompts_test.jsonl")}
 MOST = 48                      # prompts of an evaluation
 
 
@@ -37,11 +40,13 @@ def read(name, flag):
     if name in prompt_sets.NAMES:
         with one_line(UsageError, f"{flag} {name}"):
             return prompt_sets.load(name)
-    return read_file(SHAPES if name == "shapes" else Path(name), f"{flag} {name}"), []
+    files = [ASSETS / file for file in OURS.get(name, ())] or [Path(name)]
+    train, *test = [read_file(file, f"{flag} {name}") for file in files]
+    return train, sum(test, [])
 
 
 def read_file(path, where):
-    names = ", ".join(("shapes", *prompt_sets.NAMES))
+    names = ", ".join((*OURS, *prompt_sets.NAMES))
     with one_line(UsageError, where, f"; give FILE.txt or FILE.jsonl in UTF-8, or one of {names}"):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     items = {}

@@ -5,8 +5,10 @@ the recipe, and a flag goes over all. assets/recipes.md tells where each value c
 """
 from pathlib import Path
 
+ASSETS = Path(__file__).parents[1] / "assets"
 MODELS = {
-    "tiny": str(Path(__file__).parents[1] / "assets" / "tiny-sd3"),            # from tiny_world.py
+    "tiny": str(ASSETS / "tiny-sd3"),                     # from tiny_world.py
+    "mini": str(ASSETS / "mini-sd3"),                     # from mini_geneval.py
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
@@ -20,17 +22,22 @@ MODELS = {
 }
 GET_MODEL = (f"give {', '.join(MODELS)}, or a pipeline's hub id or folder; for a gated one accept "
              "its licence on the hub, then `hf auth login`")
-# Arguments of a pipeline's call: tiny has no T5, for which the pipeline would add 256 empty tokens.
-OPTIONS = {"tiny": {"max_sequence_length": 0}}
+# Arguments of a pipeline's call: these have no T5, for which it would add 256 empty tokens.
+OPTIONS = {name: {"max_sequence_length": 0} for name in ("tiny", "mini")}
 
 LARGE = {"resolution": "512", "dtype": "bf16", "checkpointing": True, "micro_batch": 6}
 PREFERENCE = {**LARGE, "reward": "hpsv2,pickscore,clipscore", "prompts": "pickscore"}
 SKILL = {**LARGE, "updates": 2, "n_mc": 10, "soft_clip": 0.0}
 GENEVAL = {**SKILL, "reward": "geneval", "prompts": "geneval", "iterations": 100, "clip": 3e-2}
+MINI = {
+    "reward": "objects", "eval_reward": "objects,objects-strict=0,as-drawn=0", "prompts": "mini",
+    "iterations": 60, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
+    "n_mc": 4, "share": "matched", "clip": 1e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 4e-4}
 RECIPES = {
     "tiny": {
         "iterations": 100, "prompts_per_iteration": 12, "group_size": 12, "steps": 6, "n_mc": 2,
         "share": "matched", "lora_rank": 0, "lr": 4e-4, "eval_reward": "shapes,shapes-strict=0"},
+    "mini": MINI,
     # The paper's five stages of SD3.5-medium.
     "sd3.5-s1": PREFERENCE,
     "sd3.5-s2": GENEVAL,
@@ -60,7 +67,7 @@ NEEDS = {                                                 # as their pages say, 
 
 def recipe_of(model):
     """The recipe of a model that is given without one."""
-    if model == "tiny":
-        return "tiny"
+    if model in RECIPES:
+        return model
     name = Path(model).name.lower()
     return "flux" if "flux" in name and "flux.2" not in name else "sd3.5-s1"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate as resize
 
+import vgrpo
 from extras import mini_geneval as G
 from extras import mini_world as W
 
@@ -95,3 +96,29 @@ def test_held_out_compositions_are_new_and_their_words_are_not():
     words = " ".join(item["prompt"] for item in train).split()
     for item in test:
         assert set(item["prompt"].split()) <= set(words)
+
+def test_the_shipped_model_is_what_the_command_makes():
+    """Its parts are those of blank(), with other weights."""
+    def plain(config):
+        return {name: list(value) if isinstance(value, tuple) else value
+                for name, value in config.items() if name[0] != "_"}
+    pipe, blank = vgrpo.load_pipeline(vgrpo.parse_config(["--model", "mini"])), G.blank()
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        mine, theirs = (dict(getattr(p, name).named_parameters()) for p in (pipe, blank))
+        assert {k: p.shape for k, p in mine.items()} == {k: p.shape for k, p in theirs.items()}
+    for name in ("transformer", "scheduler"):
+        assert plain(getattr(pipe, name).config) == plain(getattr(blank, name).config)
+    assert pipe.tokenizer.get_vocab() == blank.tokenizer.get_vocab()
+    files = [path for path in G.FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4e6
+
+def test_it_half_obeys_and_its_run_has_the_names(tmp_path):
+    """A guess at random would be right in one of a hundred."""
+    vgrpo.main(["--model", "mini", "--out", str(tmp_path), "--iterations", "1", "--save-every", "9",
+                "--prompts-per-iteration", "4", "--group-size", "2", "--n-mc", "1"])
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    before, trained, _ = lines
+    assert 0.25 < before["eval/objects-strict"] < 0.5
+    assert 0.5 < before["eval/objects"] < 0.7
+    assert 0.6 < before["eval/as-drawn"] < 0.9
+    assert trained["reward"] == pytest.approx(trained["reward/objects"])

@@ -8,7 +8,7 @@ import torch
 
 import rewards
 import vgrpo
-from extras import evidence, fullsize_count, fullsize_models, overhead, tiny_world
+from extras import evidence_noise, evidence_rivals, fullsize_count, fullsize_models, overhead, tiny_world
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
 SMALL = ["--iterations", "2", "--group-size", "3", "--steps", "3", "--n-mc", "2",
@@ -88,7 +88,7 @@ def test_the_overhead_is_measured_against_the_loops_own_calls():
 
 def test_the_noise_is_that_of_the_loops_gradient():
     """Of -rho A, the mean over all images, at rho = 1: A times the gradient of L_hat."""
-    noise = evidence.Noise(1, "--prompts-per-iteration", "2", "--group-size", "4", "--steps", "3")
+    noise = evidence_noise.Noise(1, "--prompts-per-iteration", "2", "--group-size", "4", "--steps", "3")
     cfg = replace(noise.cfg, share="both", n_mc=3)
     learner = noise.learner
     gradient, _ = noise.gradient(cfg, 5)
@@ -103,3 +103,40 @@ def test_the_noise_is_that_of_the_loops_gradient():
     grads = [p.grad.flatten() for p in learner.trainable.values()]
     expected = torch.cat(grads).double()
     assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+def straight(slope):
+    """A run whose reward rises by slope / 100 with each unit of cost, two of them a second."""
+    costs = [0, 40, 80, 120]
+    reward = [0.5 + slope * cost / 100 for cost in costs]
+    return {"iteration": [0, 2, 4, 6], "cost": costs, "seconds": [cost / 2 for cost in costs],
+            "reward": reward, "strict": reward, "as drawn": [1 - value for value in reward]}
+
+def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
+    """Ours rises three times as fast on average; the reported seeds choose no learning rate."""
+    E, ran = evidence_rivals, []
+    monkeypatch.setattr(E, "KEPT", tmp_path / "rivals.json")
+    monkeypatch.setattr(E, "ROWS", {E.OURS: ("", 20, 2), "NFT": ("--method nft", 20, 2)})
+    slopes = {E.OURS: (0.2, 0.4), "NFT": (0.1, 0.1)}
+    best = {E.OURS: "5e-4", "NFT": "1e-4"}
+
+    def run(world, name, rate, seed):
+        ran.append((name, rate, seed))
+        slope = 0.1 * (rate == best[name]) if seed == E.TUNED_ON else slopes[name][seed]
+        return straight(slope)
+    monkeypatch.setattr(E, "run", run)
+    E.compare("mini")
+    assert sorted(ran) == sorted([(n, r, E.TUNED_ON) for n in best for r in E.RATES["mini"]]
+                                 + [(n, best[n], seed) for n in best for seed in (0, 1)])
+    E.compare("mini")                                           # goes on where it was stopped
+    assert len(ran) == 2 * (3 + 2)
+    ours, nft = E.table("mini")[2:]
+    assert "| 2 | 5e-4 | 20 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
+    assert "0.620 (0.620 to 0.620)" in nft
+    assert nft.endswith("| **0.33** (0.25 to 0.50) | 0.33 | 0.380 |")
+
+def test_a_level_is_reached_between_evaluations():
+    curve = straight(0.5)                      # .5, .7, .9, 1.1
+    for level, cost in ((0.5, 0), (0.4, 0), (0.6, 20), (0.9, 80), (1.2, None)):
+        assert evidence_rivals.when(curve, level, "cost") == (cost and pytest.approx(cost))
+    for value, drawn in ((0.8, 0.2), (1.0, 0.0)):
+        assert evidence_rivals.when(curve, value, "as drawn") == pytest.approx(drawn)

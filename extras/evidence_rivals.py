@@ -1,0 +1,201 @@
+"""V-GRPO and its rivals at equal cost, on the same prompts, rewards and noise.
+
+    python -m extras.evidence rivals tiny      # coloured shapes, half an hour on two cores
+    python -m extras.evidence rivals mini      # GenEval in miniature, two hours
+
+All get the same courtesy. A row's learning rate is the best of three on a seed that is not
+reported. Then it runs on seeds 0, 1, ... A run ends when it has cost BUDGET: network evaluations
+per image, a forward pass counts 1, a backward pass 2. A finished run stays in assets/rivals.json
+and is not repeated, so the command goes on where it was stopped.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from extras import report
+from extras.run_folder import write_whole
+
+ROOT = Path(__file__).parents[1]
+ASSETS, RUNS = ROOT / "assets", ROOT / "runs" / "rivals"
+KEPT, LOCK = ASSETS / "rivals.json", threading.Lock()
+BUDGET, TRIAL = 1000, 400                  # the cost of a run, and of one that tries a rate
+TUNED_ON = 100                             # the seed that is not reported
+RATES = {"tiny": ("3e-4", "6e-4", "1.2e-3"), "mini": ("1e-4", "2e-4", "5e-4")}
+VALUES = {                                 # what a table calls what an evaluation measures
+    "tiny": {"reward": "eval/shapes", "strict": "eval/shapes-strict"},
+    "mini": {"reward": "eval/objects", "strict": "eval/objects-strict",
+             "as drawn": "eval/as-drawn"}}
+SAME = "--solver euler --steps 10 --prompts-per-iteration 12 --group-size 12"
+FOUR = "--n-mc 4 --updates 4 --clip 0.01 --soft-clip 0"
+PAPER = "--n-mc 4 --share both --no-antithetic"
+FEW = "--timesteps 4 --updates 4"
+OURS = "V-GRPO, ours"
+ROWS = {  # name: flags, the cost of an iteration, seeds
+    OURS: (f"{FOUR} --share matched", 25, 5),
+    "V-GRPO, the paper's estimator": (f"{FOUR} {PAPER}", 25, 5),
+    "V-GRPO, the paper's, 1 update": (f"{PAPER} --updates 1 --soft-clip 3", 22, 3),
+    "DiffusionNFT": ("--method nft", 46, 5),
+    "DiffusionNFT, 4 times, 4 updates": (f"--method nft {FEW}", 26, 3),
+    "MixGRPO": ("--method mixgrpo", 22, 5),
+    "Flow-GRPO": ("--method flow-grpo", 37, 3),
+    "Flow-GRPO, 4 times, 4 updates": (f"--method flow-grpo {FEW}", 22, 3),
+    "AWM": ("--method awm", 40, 3),
+    "AWM, 4 times, 4 updates": (f"--method awm {FEW}", 30, 3),
+    "EPG": ("--method epg", 55, 3),
+    "EPG, 4 times, 4 updates": (f"--method epg {FEW}", 30, 3),
+    "RAM": ("--method ram", 30, 3),
+}
+FIGURE = (OURS, "V-GRPO, the paper's, 1 update", "DiffusionNFT, 4 times, 4 updates",
+          "AWM, 4 times, 4 updates", "DiffusionNFT", "AWM", "MixGRPO", "Flow-GRPO")
+
+# ---- runs
+
+
+def run(world, name, rate, seed):
+    """-> its evaluations: lists of iteration, cost, seconds and VALUES"""
+    flags, cost, _ = ROWS[name]
+    iterations = round((TRIAL if seed == TUNED_ON else BUDGET) / cost)
+    out = RUNS / re.sub(r"\W+", "-", f"{world} {name} {rate} {seed}")
+    shutil.rmtree(out, ignore_errors=True)               # what was cut off begins anew
+    program = ["-m", "extras.rivals"] if "--method" in flags else ["vgrpo.py"]
+    command = [sys.executable, *program, "--model", world, *SAME.split(), *flags.split(), "--lr", rate,
+               "--seed", str(seed), "--out", out, "--iterations", str(iterations),
+               "--eval-every", str(math.ceil(125 / cost)), "--save-every", "10000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if process.returncode:
+        raise RuntimeError(f"{out}: {process.stderr}")
+    evaluations = report.read_run(out)["eval"]
+    values = {short: evaluations["y"][long] for short, long in VALUES[world].items()}
+    return {**evaluations["x"], **values}
+
+
+def all_runs(jobs):
+    """Two at a time, but for those that have been run.  jobs [(world, name, rate, seed)]"""
+    def once(job):
+        result = {**dict(zip(("world", "name", "rate", "seed"), job)), **run(*job)}
+        with LOCK:
+            lines = ",\n".join(map(json.dumps, [*load(), result]))
+            write_whole(KEPT, f"[\n{lines}\n]\n")
+        print(*job, f"{result['reward'][-1]:.3f}", flush=True)
+    kept = load()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(once, [job for job in jobs if not find(kept, *job)]))
+
+
+def load():
+    return json.loads(KEPT.read_text()) if KEPT.exists() else []
+
+
+def find(runs, *job):
+    return [one for one in runs
+            if (one["world"], one["name"], one["rate"], one["seed"]) == job]
+
+
+def best_rate(runs, world, name):
+    """Whose last two evaluations are highest; None while a rate is missing."""
+    tried = [find(runs, world, name, rate, TUNED_ON) for rate in RATES[world]]
+    if not all(tried):
+        return None
+    return max(sum(tried, []), key=lambda one: sum(one["reward"][-2:]))["rate"]
+
+
+def compare(world):
+    all_runs([(world, name, rate, TUNED_ON) for name in ROWS for rate in RATES[world]])
+    rates = {name: best_rate(load(), world, name) for name in ROWS}
+    most = max(seeds for _, _, seeds in ROWS.values())
+    all_runs([(world, name, rates[name], seed) for seed in range(most)
+              for name, (_, _, seeds) in ROWS.items() if seed < seeds])
+
+
+# ---- tables and figures
+
+
+def curves(world):
+    """-> {name: {seed: its run}} at the best rate"""
+    runs = load()
+    rates = {name: best_rate(runs, world, name) for name in ROWS}
+    found = {name: {one["seed"]: one for one in runs if one["seed"] != TUNED_ON
+                    and (one["world"], one["name"], one["rate"]) == (world, name, rate)}
+             for name, rate in rates.items()}
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def mean_of(runs):
+    """The mean over seeds of each list."""
+    names = [name for name, values in runs[0].items() if isinstance(values, list)]
+    return {name: [statistics.mean(values) for values in zip(*(one[name] for one in runs))]
+            for name in names}
+
+
+def when(curve, level, axis):
+    """The cost (seconds, as drawn) at which the reward first reaches the level, None if never;
+    linear between evaluations."""
+    points = list(zip(curve["reward"], curve[axis]))
+    if points[0][0] >= level:
+        return points[0][1]
+    for (low, before), (high, after) in zip(points, points[1:]):
+        if low < level <= high:
+            return before + (after - before) * (level - low) / (high - low)
+
+
+def share(ours, other, axis):
+    """What ours needs to come where the other ends, over what the other spent"""
+    needed = when(ours, other["reward"][-1], axis)
+    return math.nan if needed is None else needed / other[axis][-1]
+
+
+def text_of(values, form=".2f"):
+    """The mean of several, with the lowest and the highest."""
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(world):
+    found = curves(world)
+    if OURS not in found:
+        return []
+    lines = [f"| {world}: method | seeds | lr | cost of an iteration | reward at the end | all "
+             "right | as drawn | ours comes there for: cost | seconds | ours, as drawn there |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for name, seeds in found.items():
+        runs = list(seeds.values())
+        pairs = [(found[OURS][seed], one) for seed, one in seeds.items() if seed in found[OURS]]
+        ours, mean = mean_of([pair[0] for pair in pairs]), mean_of(runs)
+        a_time = mean["cost"][-1] / mean["iteration"][-1]
+        cells = [name, len(runs), runs[0]["rate"], f"{a_time:.0f}",
+                 text_of([one["reward"][-1] for one in runs], ".3f"), f"{mean['strict'][-1]:.3f}",
+                 f"{mean['as drawn'][-1]:.3f}" if "as drawn" in mean else ""]
+        if name != OURS:
+            each = [share(*pair, "cost") for pair in pairs]
+            cost, seconds = (share(ours, mean, axis) for axis in ("cost", "seconds"))
+            drawn = when(ours, mean["reward"][-1], "as drawn") if "as drawn" in mean else None
+            cells += [f"**{cost:.2f}** ({min(each):.2f} to {max(each):.2f})", f"{seconds:.2f}",
+                      f"{drawn:.3f}" if drawn else ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def figure(world):
+    """assets/rivals-WORLD.svg: each of VALUES over cost, mean and range over seeds"""
+    found, charts = curves(world), []
+    for value in VALUES[world]:
+        series = []
+        for name in FIGURE:
+            runs = list(found.get(name, {}).values())
+            if runs:
+                columns = list(zip(*(one[value] for one in runs)))
+                lows, means, highs = (list(map(f, columns)) for f in (min, statistics.mean, max))
+                series.append((f"{name} ({len(runs)})", mean_of(runs)["cost"], means, lows, highs))
+        if series:
+            charts.append(report.svg_chart(series, "network evaluations per image", value,
+                                           f"{world}: {value}", size=(620, 460)))
+    if charts:
+        (ASSETS / f"rivals-{world}.svg").write_text(report.svg_figure(charts, columns=len(charts)))
