@@ -30,6 +30,7 @@ from transformers.initialization import no_init_weights
 
 HERE = Path(__file__).resolve().parent
 THIS, EXTRAS = HERE / "rewards.py", HERE / "extras"
+TINY, MINI = EXTRAS / "tiny_world.py", EXTRAS / "mini_geneval.py"
 REWARDS = {
     "pickscore": (THIS, "PickScore"),
     "clipscore": (THIS, "ClipScore"),
@@ -43,11 +44,8 @@ REWARDS = {
     "unified": (EXTRAS / "judge.py", "Judge"),
     "incompressibility": (THIS, "incompressibility"),
     "compressibility": (THIS, "compressibility"),
-    "objects": (EXTRAS / "mini_geneval.py", "score"),
-    "objects-strict": (EXTRAS / "mini_geneval.py", "strict"),
-    "as-drawn": (EXTRAS / "mini_geneval.py", "as_drawn"),
-    "shapes": (EXTRAS / "tiny_world.py", "shapes"),
-    "shapes-strict": (EXTRAS / "tiny_world.py", "shapes_strict")}
+    "objects": (MINI, "score"), "objects-strict": (MINI, "strict"), "as-drawn": (MINI, "as_drawn"),
+    "shapes": (TINY, "shapes"), "shapes-strict": (TINY, "shapes_strict")}
 
 class UsageError(ValueError):
     """Something the user gave cannot be used: one line that names it and the mend."""
@@ -103,7 +101,7 @@ class Rewards:
     def __init__(self, spec, device="cpu", offload=False, flag="--reward"):
         self.device, self.flag = torch.device(device), flag
         self.home = torch.device("cpu") if offload else self.device
-        self.weights, self.rewards = {}, {}
+        self.weights, self.rewards, self.own = {}, {}, {}
         for item in spec.split(","):
             with one_line(UsageError, f"{flag} {item}", "; try `hf auth login`, or NAME@FOLDER"):
                 self.add(item.strip())
@@ -124,7 +122,7 @@ class Rewards:
             reward = build(reward, self.device, source)
         if isinstance(reward, nn.Module):
             reward.to(self.home)
-        self.rewards[name], self.weights[name] = reward, float(weight)
+        self.rewards[name], self.own[name], self.weights[name] = reward, own, float(weight)
 
     def check(self, prompts, metadata):
         """At start-up: name the first prompt that a reward cannot judge."""
@@ -135,7 +133,8 @@ class Rewards:
                     raise UsageError(f"{self.flag} {name}: prompt {prompt!r} has no {lack}")
 
     def __call__(self, images, prompts, metadata, chunk=32):
-        images = images.to(self.device)
+        images = images.to(self.device)                 # first: a device divides in no time
+        images = images / 255 if images.dtype == torch.uint8 else quantise(images)
         whole = split((images, prompts, metadata), chunk)
         if images.ndim == 4:
             return {name: self.score(name, whole, prompts) for name in self.rewards}
@@ -155,8 +154,8 @@ class Rewards:
         where = f"reward {name} on {list(dict.fromkeys(prompts))[:3]}"
         with visiting([reward], self.device), one_line(RunError, where), torch.inference_mode():
             for images, *texts in chunks:
-                images = images / 255 if images.dtype == torch.uint8 else quantise(images)
-                rows.append(reward(images, *texts))     # which may write to them
+                images = images.clone() if self.own[name] else images   # a user's may write to them
+                rows.append(reward(images, *texts))
             row, N = torch.cat(rows).cpu(), len(prompts)
             if not row.is_floating_point() or row.shape != (N,) or row.float().isinf().any():
                 raise TypeError(f"{row.dtype} {list(row.shape)}: not {N} floats or NaN")

@@ -77,10 +77,10 @@ from rewards import Rewards, RunError, UsageError, one_line, visiting
 class Config:
     """Every flag. The defaults are the paper's stage 1; recipes (extras/recipes.py) go over them"""
     model: str = "tiny"              # a short name (see MODELS), a hub id, or a pipeline's folder
-    recipe: str = ""                 # tiny, mini, sd3.5-s1 ... -s5, -fast, flux (default: the model's)
+    recipe: str = ""                 # tiny, mini, sd3.5-s1 ... -s5, -fast, flux (default: by model)
     reward: str = "shapes"           # NAME[@FOLDER][=NUMBER],... or FILE.py:NAME (see rewards.py)
     eval_reward: str = ""            # rewards of the evaluation (default: --reward)
-    prompts: str = "shapes"          # FILE.txt, FILE.jsonl, or shapes, mini, pickscore, geneval, ocr
+    prompts: str = "shapes"          # FILE.txt, .jsonl, or shapes, mini, pickscore, geneval, ocr
     eval_prompts: str = ""           # prompts of the evaluation (default: what --prompts holds out)
     lora: str = ""                   # start from these LoRA weights (an earlier stage's checkpoint)
     iterations: int = 150            # rollout-and-update rounds

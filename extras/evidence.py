@@ -17,7 +17,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-from extras import evidence_charts, evidence_noise, evidence_rivals
+from PIL import Image
+
+from extras import evidence_noise, evidence_rivals, report
 
 ROOT = Path(__file__).parents[1]
 ASSETS, RUNS = ROOT / "assets", ROOT / "runs" / "evidence"
@@ -132,7 +134,7 @@ def runs_table(curves):
     return lines
 
 
-def report():
+def write_report():
     data, curves = json.loads((ASSETS / "evidence.json").read_text()), {}
     for run in data["runs"]:
         curves.setdefault(run["name"], []).append(run)
@@ -143,11 +145,33 @@ def report():
         evidence_rivals.figure(world)
     (ASSETS / "evidence.md").write_text(text + "\n")
     print(text)
-    panels = [{name: curves[name] for name in names} for names in PANELS]
-    evidence_charts.draw_panels(panels, ASSETS / "evidence.png")
+    (ASSETS / "evidence.svg").write_text(
+        report.svg_figure([panel(curves, names) for names in PANELS], columns=3))
     samples = sorted((RUNS / "tiny_recipe-0" / "samples").glob("*.png"))
     if samples:
-        evidence_charts.draw_learning(samples, curves["tiny recipe"], ASSETS / "learning.png")
+        side_by_side(samples[0], samples[-1]).save(ASSETS / "learning.png")
+
+
+def panel(curves, names):
+    """The evaluation over what it cost, with a line for each name."""
+    series = []
+    for name in names:
+        evals = [run["evals"] for run in curves[name]]
+        xs = [iteration * curves[name][0]["cost"] for iteration, *_ in evals[0]]
+        values = [[value for _, value, _ in each] for each in zip(*evals)]
+        series.append(report.band(f"{name} ({len(evals)})", xs, values))
+    return report.svg_chart(series, "network evaluations per image", "evaluation")
+
+
+def side_by_side(*paths):
+    """Pictures in a row."""
+    pictures = [Image.open(path) for path in paths]
+    sheet = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+    x = 0
+    for picture in pictures:
+        sheet.paste(picture, (x, 0))
+        x += picture.width
+    return sheet
 
 
 def main():
@@ -163,7 +187,7 @@ def main():
         with ThreadPoolExecutor(2) as pool:
             keep("runs", list(pool.map(one_run, *zip(*jobs))))
     elif what == ["report"]:
-        report()
+        write_report()
     else:
         sys.exit(__doc__)
 

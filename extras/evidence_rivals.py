@@ -66,8 +66,8 @@ def run(world, name, rate, seed):
     out = RUNS / re.sub(r"\W+", "-", f"{world} {name} {rate} {seed}")
     shutil.rmtree(out, ignore_errors=True)               # what was cut off begins anew
     program = ["-m", "extras.rivals"] if "--method" in flags else ["vgrpo.py"]
-    command = [sys.executable, *program, "--model", world, *SAME.split(), *flags.split(), "--lr", rate,
-               "--seed", str(seed), "--out", out, "--iterations", str(iterations),
+    command = [sys.executable, *program, *SAME.split(), *flags.split(), "--model", world,
+               "--lr", rate, "--seed", str(seed), "--out", out, "--iterations", str(iterations),
                "--eval-every", str(math.ceil(125 / cost)), "--save-every", "10000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -192,8 +192,8 @@ def figure(world):
             runs = list(found.get(name, {}).values())
             if runs:
                 columns = list(zip(*(one[value] for one in runs)))
-                lows, means, highs = (list(map(f, columns)) for f in (min, statistics.mean, max))
-                series.append((f"{name} ({len(runs)})", mean_of(runs)["cost"], means, lows, highs))
+                cost = mean_of(runs)["cost"]
+                series.append(report.band(f"{name} ({len(runs)})", cost, columns))
         if series:
             charts.append(report.svg_chart(series, "network evaluations per image", value,
                                            f"{world}: {value}", size=(620, 460)))

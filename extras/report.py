@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -225,6 +226,10 @@ def svg_chart(series, xlabel, ylabel, title="", size=(560, 340), xlim=None, ylim
                          'opacity=".2"/>')
         parts += ["</g>", words(left + 28, y, label, "start")]
     return "\n".join([*parts, "</svg>"])
+
+def band(label, xs, columns):
+    """For svg_chart: the mean of several values at each x, from the lowest to the highest."""
+    return label, xs, *(list(map(f, columns)) for f in (statistics.mean, min, max))
 
 def points(xs, ys):
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys))

@@ -8,7 +8,8 @@ import torch
 
 import rewards
 import vgrpo
-from extras import evidence_noise, evidence_rivals, fullsize_count, fullsize_models, overhead, tiny_world
+from extras import evidence_noise, evidence_rivals, fullsize_count, fullsize_models
+from extras import overhead, tiny_world
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
 SMALL = ["--iterations", "2", "--group-size", "3", "--steps", "3", "--n-mc", "2",
@@ -88,7 +89,8 @@ def test_the_overhead_is_measured_against_the_loops_own_calls():
 
 def test_the_noise_is_that_of_the_loops_gradient():
     """Of -rho A, the mean over all images, at rho = 1: A times the gradient of L_hat."""
-    noise = evidence_noise.Noise(1, "--prompts-per-iteration", "2", "--group-size", "4", "--steps", "3")
+    flags = "--prompts-per-iteration 2 --group-size 4 --steps 3"
+    noise = evidence_noise.Noise(1, *flags.split())
     cfg = replace(noise.cfg, share="both", n_mc=3)
     learner = noise.learner
     gradient, _ = noise.gradient(cfg, 5)
