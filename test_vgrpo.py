@@ -585,7 +585,7 @@ def test_ranks_average_their_gradients(monkeypatch):
 
 def test_a_gradient_that_is_no_number():
     """The run ends before the step."""
-    run = training()
+    run = training("--updates", "1")
     run.A[1, 2] = math.inf
     with pytest.raises(rewards.RunError, match="gradient's norm is .*--lr"):
         run.update()

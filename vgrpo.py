@@ -23,7 +23,7 @@ group, M = N_MC pairs per image, K rewards, B rows of a batch; [...] a latent's 
 
 Where this file departs from the paper:
  1. Antithetic noise is on: neighbouring strata take eps and -eps (--no-antithetic: the paper's).
-    --share matched is ours too; of the recipes, tiny and sd3.5-fast use it.
+    --share matched is ours too; of the recipes, tiny, mini and sd3.5-fast do.
  2. Where M does not divide the sampler's steps, a step between two strata belongs to both in part.
  3. The adaptive weight's denominator has a floor of 1e-5. A group's std divides by G, not G - 1.
     A group of equal rewards and an image without a score get A = 0. Several rewards: A is the

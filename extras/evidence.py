@@ -29,12 +29,12 @@ EVALS = ("eval/shapes", "eval/shapes-strict")
 
 # The paper's estimator at the scale of the tiny model; every other run says what it changes.
 PAPER = ("--prompts-per-iteration 6 --group-size 24 --share both --no-antithetic --n-mc 4 "
-         "--lr 3e-4 --solver euler --steps 10 --soft-clip 3 --updates 1")
+         "--lr 3e-4 --solver euler --steps 10 --soft-clip 3 --updates 1 --clip 0")
 EIGHT = PAPER + " --prompts-per-iteration 8 --group-size 18"
 FOUR = EIGHT + " --updates 4 --soft-clip 0"
 CURVES = {  # name -> flags, seeds
     "paper": (PAPER, 5),
-    "tiny recipe": ("", 5),
+    "6 steps, N_MC 2, matched": ("--soft-clip 3 --updates 1 --clip 0", 5),
     "share: none": (PAPER + " --share none", 3),
     "share: timestep": (PAPER + " --share timestep", 3),
     "share: matched": (PAPER + " --share matched", 3),
@@ -55,7 +55,7 @@ CURVES = {  # name -> flags, seeds
     "8 x 18, 4 updates, KL .3": (FOUR + " --kl 0.3", 3),
 }
 PANELS = (
-    ("paper", "tiny recipe", "share: matched"),
+    ("paper", "6 steps, N_MC 2, matched", "share: matched"),
     ("paper", "share: none", "no strata", "weight: v", "naive"),
     ("paper", "weight: x", "weight: v", "weight: eps"),
     ("paper", "N_MC 2", "N_MC 8", "antithetic"),
@@ -147,7 +147,7 @@ def write_report():
     print(text)
     (ASSETS / "evidence.svg").write_text(
         report.svg_figure([panel(curves, names) for names in PANELS], columns=3))
-    samples = sorted((RUNS / "tiny_recipe-0" / "samples").glob("*.png"))
+    samples = sorted((RUNS / "6_steps_N_MC_2_matched-0" / "samples").glob("*.png"))
     if samples:
         side_by_side(samples[0], samples[-1]).save(ASSETS / "learning.png")
 

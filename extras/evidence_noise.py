@@ -59,7 +59,8 @@ class Noise:
     """Gradients of vgrpo.py's iteration on images that are drawn once."""
 
     def __init__(self, rollout, *flags):
-        self.cfg = vgrpo.parse_config([*flags, "--grad-norm", "0"])
+        one_step = "--updates 1 --clip 0 --soft-clip 3 --grad-norm 0"
+        self.cfg = vgrpo.parse_config([*one_step.split(), *flags])
         policy, trainable = vgrpo.load_policy(self.cfg, torch.device("cpu"))
         params = list(trainable.values())
         self.learner = vgrpo.Learner(policy, trainable, Listener(params), EMAModel([]))

@@ -33,6 +33,7 @@ VALUES = {                                 # what a table calls what an evaluati
     "tiny": {"reward": "eval/shapes", "strict": "eval/shapes-strict"},
     "mini": {"reward": "eval/objects", "strict": "eval/objects-strict",
              "as drawn": "eval/as-drawn"}}
+LEVEL = {"tiny": 0.9, "mini": 0.65}        # whose cost a table tells
 SAME = "--solver euler --steps 10 --prompts-per-iteration 12 --group-size 12"
 FOUR = "--n-mc 4 --updates 4 --clip 0.01 --soft-clip 0"
 PAPER = "--n-mc 4 --share both --no-antithetic"
@@ -148,37 +149,39 @@ def when(curve, level, axis):
 
 
 def share(ours, other, axis):
-    """What ours needs to come where the other ends, over what the other spent"""
+    """What ours needs to come where the other ends, over what the other spent; inf: never there"""
     needed = when(ours, other["reward"][-1], axis)
-    return math.nan if needed is None else needed / other[axis][-1]
+    return math.inf if needed is None else needed / other[axis][-1]
 
 
-def text_of(values, form=".2f"):
-    """The mean of several, with the lowest and the highest."""
-    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+def number(value, form, missing=""):
+    return missing if value is None or value == math.inf else f"{value:{form}}"
 
 
 def table(world):
     found = curves(world)
     if OURS not in found:
         return []
-    lines = [f"| {world}: method | seeds | lr | cost of an iteration | reward at the end | all "
-             "right | as drawn | ours comes there for: cost | seconds | ours, as drawn there |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [f"| {world}: method | seeds | lr | cost of an iteration | cost to {LEVEL[world]} "
+             "| reward at the end | all right | as drawn | ours comes there for: cost | seconds "
+             "| ours, as drawn there |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, seeds in found.items():
         runs = list(seeds.values())
         pairs = [(found[OURS][seed], one) for seed, one in seeds.items() if seed in found[OURS]]
         ours, mean = mean_of([pair[0] for pair in pairs]), mean_of(runs)
-        a_time = mean["cost"][-1] / mean["iteration"][-1]
-        cells = [name, len(runs), runs[0]["rate"], f"{a_time:.0f}",
-                 text_of([one["reward"][-1] for one in runs], ".3f"), f"{mean['strict'][-1]:.3f}",
-                 f"{mean['as drawn'][-1]:.3f}" if "as drawn" in mean else ""]
+        ends = [one["reward"][-1] for one in runs]
+        cells = [name, len(runs), runs[0]["rate"],
+                 f"{mean['cost'][-1] / mean['iteration'][-1]:.0f}",
+                 number(when(mean, LEVEL[world], "cost"), ".0f", "never"),
+                 f"{mean['reward'][-1]:.3f} ({min(ends):.3f} to {max(ends):.3f})",
+                 f"{mean['strict'][-1]:.3f}", number(mean.get("as drawn", [None])[-1], ".3f")]
         if name != OURS:
-            each = [share(*pair, "cost") for pair in pairs]
             cost, seconds = (share(ours, mean, axis) for axis in ("cost", "seconds"))
+            each = [share(*pair, "cost") for pair in pairs]
+            low, high = (number(end(each), ".2f", "not") for end in (min, max))
             drawn = when(ours, mean["reward"][-1], "as drawn") if "as drawn" in mean else None
-            cells += [f"**{cost:.2f}** ({min(each):.2f} to {max(each):.2f})", f"{seconds:.2f}",
-                      f"{drawn:.3f}" if drawn else ""]
+            cells += [f"**{number(cost, '.2f', 'not')}** ({low} to {high})",
+                      number(seconds, ".2f"), number(drawn, ".3f")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 

@@ -23,7 +23,7 @@ import vgrpo
 SETTINGS = {
     "the tiny recipe": "",
     "the paper's estimator": "--prompts-per-iteration 6 --group-size 24 --steps 10 --n-mc 4 "
-                             "--solver euler --share both",
+                             "--solver euler --share both --updates 1",
     "--steps 12": "--steps 12",
     "--n-mc 4": "--n-mc 4",
     "--group-size 24": "--group-size 24",

@@ -32,11 +32,12 @@ GENEVAL = {**SKILL, "reward": "geneval", "prompts": "geneval", "iterations": 100
 MINI = {
     "reward": "objects", "eval_reward": "objects,objects-strict=0,as-drawn=0", "prompts": "mini",
     "iterations": 60, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
-    "n_mc": 4, "share": "matched", "clip": 1e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 4e-4}
+    "n_mc": 4, "share": "matched", "clip": 1e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 2e-4}
 RECIPES = {
     "tiny": {
-        "iterations": 100, "prompts_per_iteration": 12, "group_size": 12, "steps": 6, "n_mc": 2,
-        "share": "matched", "lora_rank": 0, "lr": 4e-4, "eval_reward": "shapes,shapes-strict=0"},
+        "iterations": 100, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
+        "n_mc": 2, "share": "matched", "clip": 1e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 4e-4,
+        "eval_reward": "shapes,shapes-strict=0"},
     "mini": MINI,
     # The paper's five stages of SD3.5-medium.
     "sd3.5-s1": PREFERENCE,

@@ -80,7 +80,7 @@ def test_a_count_of_memory_follows_its_flags(monkeypatch):
 def test_the_overhead_is_measured_against_the_loops_own_calls():
     """So are the calls of the loop whose network answers at once."""
     setting = overhead.Setting("--prompts-per-iteration", "2", "--group-size", "4", "--steps", "3",
-                               "--micro-batch", "2")
+                               "--micro-batch", "2", "--updates", "1")
     for work in (setting.iteration, setting.bare_calls, setting.loop):
         calls = setting.hear_calls(work)
         rows = {len(told["hidden_states"]) for told, _ in calls}
@@ -132,7 +132,8 @@ def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
     E.compare("mini")                                           # goes on where it was stopped
     assert len(ran) == 2 * (3 + 2)
     ours, nft = E.table("mini")[2:]
-    assert "| 2 | 5e-4 | 20 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
+    assert "| 2 | 5e-4 | 20 | 50 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
+    assert "| 20 | never | " in nft
     assert "0.620 (0.620 to 0.620)" in nft
     assert nft.endswith("| **0.33** (0.25 to 0.50) | 0.33 | 0.380 |")
 
