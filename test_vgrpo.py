@@ -952,6 +952,7 @@ def test_a_network_without_attention():
     with pytest.raises(rewards.UsageError, match="--lora-rank: Linear"):
         vgrpo.add_lora(torch.nn.Linear(2, 2), cfg, CPU, vgrpo.generator)
 
+@pytest.mark.slow
 def test_load_lora(tmp_path):
     """--lora takes a file or its folder and keeps the product alpha / r B A, whatever --lora-alpha;
     a file that does not say its alpha has its rank as alpha; one that does not fit is refused."""
@@ -1087,6 +1088,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, whole, 
     assert again[0] == metrics(whole)[1]
     assert other[0]["reward"] != again[0]["reward"] and other[0]["loss"] != again[0]["loss"]
 
+@pytest.mark.slow
 def test_the_micro_batch_changes_no_numbers(tmp_path, whole, unevaluated):
     """Two images in a call and then one, of groups of three."""
     lines = [line for line in metrics(whole) if "eval" not in line]
@@ -1134,6 +1136,7 @@ def test_two_ranks_give_the_numbers_of_one_which_goes_on_for_them(tmp_path, whol
 
 # ---- resume
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, whole):
     """Bit for bit. What a crash left beyond the last checkpoint is cut, half a line too."""
     out = tmp_path / "run"
@@ -1190,6 +1193,7 @@ def test_a_run_that_is_killed_while_it_saves_resumes_to_the_same_numbers(tmp_pat
 
 # ---- signals
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STOPS)
 def test_a_signal_ends_the_iteration_saves_and_exits(tmp_path, monkeypatch, capfd, number):
     """Before any evaluation; a second one would end the process at once."""
@@ -1480,6 +1484,7 @@ def one_rank():
     if dist.is_initialized():
         dist.destroy_process_group()
 
+@pytest.mark.slow
 def test_a_sharded_lora_gives_the_same_numbers(tmp_path, unevaluated, one_rank):
     """The group of processes is left at the end."""
     sharded = run(tmp_path / "a", *LORA, "--shard")
@@ -1762,6 +1767,7 @@ def test_wrong_contents_are_refused(prompt_server, monkeypatch):
     prompt_server.pages["/ocr/test.txt"] = b"hello world\n"
     assert prompt_sets.load("ocr") == ([], [{"prompt": "hello world"}])
 
+@pytest.mark.slow
 def test_several_processes_ask_once(prompt_server, tmp_path):
     """Three processes that want a file at the same time send one request."""
     prompt_server.pause = 1.5                        # the others start while the first one waits
@@ -1807,6 +1813,7 @@ length.videos = True
     assert scores["red"].tolist() == pytest.approx([0.6, 0.4])
     assert scores["length"].tolist() == [3, 3]
 
+@pytest.mark.slow
 def test_a_video_run(tmp_path, monkeypatch):
     """It trains on its frames' scores, and shows three of them on the sheet and all in a film."""
     monkeypatch.setattr(vgrpo, "load_pipeline", lambda cfg: small_pipelines.wan21())

@@ -3,9 +3,10 @@
     score       the mean over what is asked for: to train with
     strict      1 where all of it holds, else 0: to evaluate with
     as_drawn    how near it is to a drawing of what was read: shows shapes bent to please score
-`python -m extras.mini_geneval` makes assets/mini-sd3 in nine minutes: a real StableDiffusion3Pipeline of 1 M
-parameters. It half obeys, because it is small and its pretraining short: colours and numbers
-are learned before it is clear which colour belongs to which shape, and what lies where.
+`python -m extras.mini_geneval` makes assets/mini-sd3, in nine minutes: a real
+StableDiffusion3Pipeline of 1 M parameters. It half obeys, because it is small and its pretraining
+short: colours and numbers are learned before it is clear which colour belongs to which shape, and
+what lies where.
 """
 import json
 import random

@@ -1,6 +1,7 @@
 """The mini world: drawings are read back, verdicts, held-out compositions."""
 import json
 import random
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import vgrpo
 from extras import mini_geneval as G
 from extras import mini_world as W
 
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
 PICTURE = {"include": [
     {"class": "ring", "count": 1, "color": "red"},
     {"class": "bar", "count": 1, "color": "blue", "position": ["right of", 0]}]}
@@ -112,6 +114,7 @@ def test_the_shipped_model_is_what_the_command_makes():
     files = [path for path in G.FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4e6
 
+@pytest.mark.slow
 def test_it_half_obeys_and_its_run_has_the_names(tmp_path):
     """A guess at random would be right in one of a hundred."""
     vgrpo.main(["--model", "mini", "--out", str(tmp_path), "--iterations", "1", "--save-every", "9",

@@ -33,6 +33,7 @@ def test_bytes_alive_are_counted():
     assert round(alive.now / unit, 1) == 2
     assert alive.peak > 3 * unit
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, transformer, text", [
     ("sd3.5-medium", 2243171520, 694659840),
     ("sd3.5-large", 8056627520, 694659840),
@@ -43,6 +44,7 @@ def test_the_full_size_networks_have_their_numbers(model, transformer, text):
     for part, size in ((pipe.transformer, transformer), (pipe.text_encoder_2, text)):
         assert sum(p.numel() for p in part.parameters()) == size
 
+@pytest.mark.slow
 def test_operations_are_counted_from_config_files_alone(tmp_path):
     """They are those that an iteration of the real networks carries out."""
     tiny = vgrpo.MODELS["tiny"]
