@@ -1,6 +1,6 @@
 """V-GRPO and its rivals at equal cost, on the same prompts, rewards and noise.
 
-    python -m extras.evidence rivals tiny      # coloured shapes, half an hour on two cores
+    python -m extras.evidence rivals tiny      # coloured shapes, 45 minutes on two cores
     python -m extras.evidence rivals mini      # GenEval in miniature, two hours
 
 All get the same courtesy. A row's learning rate is the best of three on a seed that is not
