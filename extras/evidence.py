@@ -34,6 +34,7 @@ EIGHT = PAPER + " --prompts-per-iteration 8 --group-size 18"
 FOUR = EIGHT + " --updates 4 --soft-clip 0"
 CURVES = {  # name -> flags, seeds
     "paper": (PAPER, 5),
+    "tiny recipe": ("", 5),
     "6 steps, N_MC 2, matched": ("--soft-clip 3 --updates 1 --clip 0", 5),
     "share: none": (PAPER + " --share none", 3),
     "share: timestep": (PAPER + " --share timestep", 3),
@@ -147,7 +148,7 @@ def write_report():
     print(text)
     (ASSETS / "evidence.svg").write_text(
         report.svg_figure([panel(curves, names) for names in PANELS], columns=3))
-    samples = sorted((RUNS / "6_steps_N_MC_2_matched-0" / "samples").glob("*.png"))
+    samples = sorted((RUNS / "tiny_recipe-0" / "samples").glob("*.png"))
     if samples:
         side_by_side(samples[0], samples[-1]).save(ASSETS / "learning.png")
 

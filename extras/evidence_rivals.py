@@ -1,7 +1,7 @@
 """V-GRPO and its rivals at equal cost, on the same prompts, rewards and noise.
 
     python -m extras.evidence rivals tiny      # coloured shapes, 45 minutes on two cores
-    python -m extras.evidence rivals mini      # GenEval in miniature, two hours
+    python -m extras.evidence rivals mini      # GenEval in miniature, two hours or more
 
 All get the same courtesy. A row's learning rate is the best of three on a seed that is not
 reported. Then it runs on seeds 0, 1, ... A run ends when it has cost BUDGET: network evaluations
@@ -45,7 +45,7 @@ ROWS = {  # name: flags, the cost of an iteration, seeds
     "V-GRPO, the paper's, 1 update": (f"{PAPER} --updates 1 --soft-clip 3", 22, 3),
     "DiffusionNFT": ("--method nft", 46, 5),
     "DiffusionNFT, 4 times, 4 updates": (f"--method nft {FEW}", 26, 3),
-    "MixGRPO": ("--method mixgrpo", 22, 5),
+    "MixGRPO": ("--method mixgrpo", 22, 5),             # has 4 times and 4 updates as published
     "Flow-GRPO": ("--method flow-grpo", 37, 3),
     "Flow-GRPO, 4 times, 4 updates": (f"--method flow-grpo {FEW}", 22, 3),
     "AWM": ("--method awm", 40, 3),

@@ -41,8 +41,8 @@ def read(name, flag):
         with one_line(UsageError, f"{flag} {name}"):
             return prompt_sets.load(name)
     files = [ASSETS / file for file in OURS.get(name, ())] or [Path(name)]
-    train, *test = [read_file(file, f"{flag} {name}") for file in files]
-    return train, sum(test, [])
+    lists = [read_file(file, f"{flag} {name}") for file in files]
+    return lists[0], lists[1] if len(lists) == 2 else []
 
 
 def read_file(path, where):
