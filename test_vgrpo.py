@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import threading
@@ -27,6 +28,9 @@ from safetensors.torch import load_file, save_file
 os.environ["HF_HUB_OFFLINE"] = "1"                # read when the hub's library is imported
 os.environ["OMP_NUM_THREADS"] = "1"               # for the processes that tests start
 torch.set_num_threads(1)                          # small networks gain nothing from a second
+
+import diffusers  # noqa: E402
+import transformers as tf  # noqa: E402
 
 import rewards  # noqa: E402
 import vgrpo  # noqa: E402
@@ -1134,6 +1138,33 @@ def test_two_ranks_give_the_numbers_of_one_which_goes_on_for_them(tmp_path, whol
     assert_same_run(metrics(out), json.loads(text)[:-2])
     assert_same_run(run(out, *flags, "--resume", "--no-shard"), json.loads(text))
 
+def save_flux(folder):
+    """A whole FLUX pipeline, with a CLIP that knows tiny's words and a T5 that spells."""
+    tiny, pipe = tiny_world.blank(), small_pipelines.flux()
+    letters = [(letter, -1.0) for letter in ["<pad>", "</s>", "<unk>", *string.ascii_lowercase]]
+    t5 = tf.T5EncoderModel(tf.T5Config(
+        vocab_size=len(letters), d_model=32, d_kv=16, d_ff=32, num_heads=2, num_layers=1))
+    diffusers.FluxPipeline(
+        pipe.scheduler, pipe.vae, tf.CLIPTextModel(tiny.text_encoder.config),
+        tiny.tokenizer, t5, tf.T5TokenizerFast(vocab=letters, extra_ids=0),
+        pipe.transformer).save_pretrained(folder)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, iterations, relative", [("fp32", 2, 1e-4), ("bf16", 1, 0.05)])
+def test_flux_on_two_ranks_as_its_recipe_runs(tmp_path, dtype, iterations, relative, unevaluated):
+    """All weights, sharded, encoders away, checkpointing: the numbers of one rank without these."""
+    save_flux(tmp_path / "flux")
+    flags = ["--model", str(tmp_path / "flux"), "--recipe", "flux", "--prompts", "shapes",
+             "--resolution", "16", "--updates", "2", "--lr", "1e-4", "--dtype", dtype,
+             "--iterations", str(iterations)]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = command(*ranks, HERE / "vgrpo.py", *SMALL, *flags, "--out", tmp_path / "two")
+    assert process.returncode == 0, process.stderr
+    two = [line for line in metrics(tmp_path / "two") if "eval" not in line]
+    one = run(tmp_path / "one", *flags, "--no-shard", "--no-offload", "--no-checkpointing")
+    assert_same_run(two, one, relative)
+    assert len(checkpoints(tmp_path / "two")) == iterations
+
 # ---- resume
 
 @pytest.mark.slow
@@ -1638,6 +1669,8 @@ class Devices(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return on_its_device(function, args, kwargs or {})
 
+CROSSED = {"there": 0, "back": 0}             # bytes between the CPU and that device
+
 def on_its_device(function, args, kwargs):
     """Tensors of two devices meet where a GPU lets them: in copies, as one number, as indices."""
     tree_map, name = torch.utils._pytree.tree_map, function.__name__.split(".")[0]
@@ -1651,6 +1684,11 @@ def on_its_device(function, args, kwargs):
         away = torch.device(kwargs["device"]).type == "elsewhere"
         kwargs["device"] = "cpu"
     result = function(*args, **kwargs)
+    if name in ("copy_", "_to_copy", "_local_scalar_dense"):
+        source = tensors[name == "copy_"]
+        goes_there = isinstance(tensors[0], Elsewhere) if name == "copy_" else away
+        if name == "_local_scalar_dense" or goes_there != isinstance(source, Elsewhere):
+            CROSSED["there" if goes_there else "back"] += source.nbytes
     return tree_map(lambda x: Elsewhere(x) if away and torch.is_tensor(x) else x, result)
 
 def two_iterations(device):
@@ -1660,13 +1698,14 @@ def two_iterations(device):
     learner = vgrpo.start_learner(*vgrpo.load_policy(cfg, torch.device(device)), cfg)
     scorer = vgrpo.Rewards("shapes", device)
     items = dict(enumerate([{"prompt": prompt} for prompt in tiny_world.PROMPTS[:4]]))
+    CROSSED.update(there=0, back=0)                       # the weights are there
     return [vgrpo.run_iteration(learner, scorer, items, cfg, iteration) for iteration in (1, 2)]
 
 def go_elsewhere():
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("elsewhere")
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with Devices():
-        print(json.dumps(two_iterations("elsewhere:0")))
+        print(json.dumps([two_iterations("elsewhere:0"), CROSSED]))
 
 @pytest.mark.slow
 def test_an_iteration_on_another_device_mixes_no_tensors_and_gives_the_cpus_numbers():
@@ -1674,11 +1713,17 @@ def test_an_iteration_on_another_device_mixes_no_tensors_and_gives_the_cpus_numb
     module = Path(__file__).stem
     process = command("-c", f"import {module}; {module}.go_elsewhere()")
     assert process.returncode == 0, process.stderr
-    there, here = json.loads(process.stdout.splitlines()[-1]), two_iterations("cpu")
+    (there, crossed), here = json.loads(process.stdout.splitlines()[-1]), two_iterations("cpu")
     for one, other in zip(there, here):
         for name in one.keys() - {*TIMES}:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
     assert here[1]["ratio_max"] != 1 and here[1]["kl"] > 0
+    # Pictures come back as bytes and go there to be scored. Noise goes there: of 12 images, of 4
+    # unguided calls, of 12 x 2 pairs, and again of half of these for theta_old's surrogate.
+    pictures = 2 * 12 * 3 * 32 * 32
+    noise = 2 * (12 + 4 + 24 + 12) * 4 * 4 * 8 * 8
+    assert 0 <= crossed["back"] - pictures < 2000
+    assert 0 <= crossed["there"] - pictures - noise < 4000
 
 # ---- the built-in sets of prompts
 
