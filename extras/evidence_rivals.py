@@ -3,10 +3,11 @@
     python -m extras.evidence rivals tiny      # coloured shapes, 45 minutes on two cores
     python -m extras.evidence rivals mini      # GenEval in miniature, two hours or more
 
-All get the same courtesy. A row's learning rate is the best of three on a seed that is not
-reported. Then it runs on seeds 0, 1, ... A run ends when it has cost BUDGET: network evaluations
-per image, a forward pass counts 1, a backward pass 2. A finished run stays in assets/rivals.json
-and is not repeated, so the command goes on where it was stopped.
+All get the same courtesy. A row chooses its setting on a seed that is not reported: its learning
+rate out of three and, at its best, also 1, 2 or 4 gradient steps an iteration, on 4 timesteps an
+image. Then it runs on seeds 0, 1, ... A run ends when it has cost BUDGET: network evaluations per
+image, a forward pass counts 1, a backward pass 2. A finished run stays in assets/rivals.json and is
+not repeated, so the command goes on where it was stopped.
 """
 import json
 import math
@@ -26,7 +27,8 @@ from extras.run_folder import write_whole
 ROOT = Path(__file__).parents[1]
 ASSETS, RUNS = ROOT / "assets", ROOT / "runs" / "rivals"
 KEPT, LOCK = ASSETS / "rivals.json", threading.Lock()
-BUDGET, TRIAL = 1000, 400                  # the cost of a run, and of one that tries a rate
+BUDGET = {"tiny": 1000, "mini": 600}       # the cost of a run
+TRIAL = 400                                # of one that tries a setting
 TUNED_ON = 100                             # the seed that is not reported
 RATES = {"tiny": ("3e-4", "6e-4", "1.2e-3"), "mini": ("1e-4", "2e-4", "5e-4")}
 VALUES = {                                 # what a table calls what an evaluation measures
@@ -35,40 +37,47 @@ VALUES = {                                 # what a table calls what an evaluati
              "as drawn": "eval/as-drawn"}}
 LEVEL = {"tiny": 0.9, "mini": 0.65}        # whose cost a table tells
 SAME = "--solver euler --steps 10 --prompts-per-iteration 12 --group-size 12"
-FOUR = "--n-mc 4 --updates 4 --clip 0.01 --soft-clip 0"
+FOUR = "--n-mc 4 --updates 4"              # the clip is the recipe's: .01 on tiny, .03 on mini
 PAPER = "--n-mc 4 --share both --no-antithetic"
-FEW = "--timesteps 4 --updates 4"
-OURS = "V-GRPO, ours"
+OURS, BEST = "V-GRPO, ours", ", at its best"
 ROWS = {  # name: flags, the cost of an iteration, seeds
     OURS: (f"{FOUR} --share matched", 25, 5),
     "V-GRPO, the paper's estimator": (f"{FOUR} {PAPER}", 25, 5),
     "V-GRPO, the paper's, 1 update": (f"{PAPER} --updates 1 --soft-clip 3", 22, 3),
     "DiffusionNFT": ("--method nft", 46, 5),
-    "DiffusionNFT, 4 times, 4 updates": (f"--method nft {FEW}", 26, 3),
-    "MixGRPO": ("--method mixgrpo", 22, 5),             # has 4 times and 4 updates as published
+    "DiffusionNFT" + BEST: ("--method nft --timesteps 4", 26, 3),
+    "MixGRPO": ("--method mixgrpo", 22, 5),
+    "MixGRPO" + BEST: ("--method mixgrpo --timesteps 4", 22, 3),
     "Flow-GRPO": ("--method flow-grpo", 37, 3),
-    "Flow-GRPO, 4 times, 4 updates": (f"--method flow-grpo {FEW}", 22, 3),
+    "Flow-GRPO" + BEST: ("--method flow-grpo --timesteps 4", 22, 3),
     "AWM": ("--method awm", 40, 3),
-    "AWM, 4 times, 4 updates": (f"--method awm {FEW}", 30, 3),
+    "AWM" + BEST: ("--method awm --timesteps 4", 30, 5),
     "EPG": ("--method epg", 55, 3),
-    "EPG, 4 times, 4 updates": (f"--method epg {FEW}", 30, 3),
+    "EPG" + BEST: ("--method epg --timesteps 4", 30, 3),
     "RAM": ("--method ram", 30, 3),
+    "RAM" + BEST: ("--method ram --timesteps 4", 30, 3),
 }
-FIGURE = (OURS, "V-GRPO, the paper's, 1 update", "DiffusionNFT, 4 times, 4 updates",
-          "AWM, 4 times, 4 updates", "DiffusionNFT", "AWM", "MixGRPO", "Flow-GRPO")
+FIGURE = (OURS, "V-GRPO, the paper's, 1 update", "DiffusionNFT" + BEST, "AWM" + BEST,
+          "DiffusionNFT", "AWM", "MixGRPO", "Flow-GRPO")
 
 # ---- runs
 
 
-def run(world, name, rate, seed):
+def settings(world, name):
+    """What a row chooses from: flags."""
+    updates = ("--updates 1 ", "--updates 2 ", "--updates 4 ") if name.endswith(BEST) else ("",)
+    return [f"{some}--lr {rate}" for some in updates for rate in RATES[world]]
+
+
+def run(world, name, setting, seed):
     """-> its evaluations: lists of iteration, cost, seconds and VALUES"""
     flags, cost, _ = ROWS[name]
-    iterations = round((TRIAL if seed == TUNED_ON else BUDGET) / cost)
-    out = RUNS / re.sub(r"\W+", "-", f"{world} {name} {rate} {seed}")
+    iterations = round((TRIAL if seed == TUNED_ON else BUDGET[world]) / cost)
+    out = RUNS / re.sub(r"\W+", "-", f"{world} {name} {setting} {seed}")
     shutil.rmtree(out, ignore_errors=True)               # what was cut off begins anew
     program = ["-m", "extras.rivals"] if "--method" in flags else ["vgrpo.py"]
-    command = [sys.executable, *program, *SAME.split(), *flags.split(), "--model", world,
-               "--lr", rate, "--seed", str(seed), "--out", out, "--iterations", str(iterations),
+    command = [sys.executable, *program, *SAME.split(), *flags.split(), *setting.split(),
+               "--model", world, "--seed", str(seed), "--out", out, "--iterations", str(iterations),
                "--eval-every", str(math.ceil(125 / cost)), "--save-every", "10000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -80,9 +89,9 @@ def run(world, name, rate, seed):
 
 
 def all_runs(jobs):
-    """Two at a time, but for those that have been run.  jobs [(world, name, rate, seed)]"""
+    """Two at a time, but for those that have been run.  jobs [(world, name, setting, seed)]"""
     def once(job):
-        result = {**dict(zip(("world", "name", "rate", "seed"), job)), **run(*job)}
+        result = {**dict(zip(("world", "name", "setting", "seed"), job)), **run(*job)}
         with LOCK:
             lines = ",\n".join(map(json.dumps, [*load(), result]))
             write_whole(KEPT, f"[\n{lines}\n]\n")
@@ -98,22 +107,23 @@ def load():
 
 def find(runs, *job):
     return [one for one in runs
-            if (one["world"], one["name"], one["rate"], one["seed"]) == job]
+            if (one["world"], one["name"], one["setting"], one["seed"]) == job]
 
 
-def best_rate(runs, world, name):
-    """Whose last two evaluations are highest; None while a rate is missing."""
-    tried = [find(runs, world, name, rate, TUNED_ON) for rate in RATES[world]]
+def best_setting(runs, world, name):
+    """Whose last two evaluations are highest; None while one is missing."""
+    tried = [find(runs, world, name, setting, TUNED_ON) for setting in settings(world, name)]
     if not all(tried):
         return None
-    return max(sum(tried, []), key=lambda one: sum(one["reward"][-2:]))["rate"]
+    return max(sum(tried, []), key=lambda one: sum(one["reward"][-2:]))["setting"]
 
 
 def compare(world):
-    all_runs([(world, name, rate, TUNED_ON) for name in ROWS for rate in RATES[world]])
-    rates = {name: best_rate(load(), world, name) for name in ROWS}
+    all_runs([(world, name, setting, TUNED_ON) for name in ROWS
+              for setting in settings(world, name)])
+    best = {name: best_setting(load(), world, name) for name in ROWS}
     most = max(seeds for _, _, seeds in ROWS.values())
-    all_runs([(world, name, rates[name], seed) for seed in range(most)
+    all_runs([(world, name, best[name], seed) for seed in range(most)
               for name, (_, _, seeds) in ROWS.items() if seed < seeds])
 
 
@@ -121,12 +131,12 @@ def compare(world):
 
 
 def curves(world):
-    """-> {name: {seed: its run}} at the best rate"""
+    """-> {name: {seed: its run}} at the best setting"""
     runs = load()
-    rates = {name: best_rate(runs, world, name) for name in ROWS}
+    best = {name: best_setting(runs, world, name) for name in ROWS}
     found = {name: {one["seed"]: one for one in runs if one["seed"] != TUNED_ON
-                    and (one["world"], one["name"], one["rate"]) == (world, name, rate)}
-             for name, rate in rates.items()}
+                    and (one["world"], one["name"], one["setting"]) == (world, name, setting)}
+             for name, setting in best.items()}
     return {name: seeds for name, seeds in found.items() if seeds}
 
 
@@ -162,7 +172,7 @@ def table(world):
     found = curves(world)
     if OURS not in found:
         return []
-    lines = [f"| {world}: method | seeds | lr | cost of an iteration | cost to {LEVEL[world]} "
+    lines = [f"| {world}: method | seeds | setting | cost of an iteration | cost to {LEVEL[world]} "
              "| reward at the end | all right | as drawn | ours comes there for: cost | seconds "
              "| ours, as drawn there |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, seeds in found.items():
@@ -170,7 +180,7 @@ def table(world):
         pairs = [(found[OURS][seed], one) for seed, one in seeds.items() if seed in found[OURS]]
         ours, mean = mean_of([pair[0] for pair in pairs]), mean_of(runs)
         ends = [one["reward"][-1] for one in runs]
-        cells = [name, len(runs), runs[0]["rate"],
+        cells = [name, len(runs), runs[0]["setting"].replace("--", ""),
                  f"{mean['cost'][-1] / mean['iteration'][-1]:.0f}",
                  number(when(mean, LEVEL[world], "cost"), ".0f", "never"),
                  f"{mean['reward'][-1]:.3f} ({min(ends):.3f} to {max(ends):.3f})",

@@ -116,26 +116,27 @@ def straight(slope):
             "reward": reward, "strict": reward, "as drawn": [1 - value for value in reward]}
 
 def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
-    """Ours rises three times as fast on average; the reported seeds choose no learning rate."""
+    """Ours rises three times as fast on average; the reported seeds choose no setting."""
     E, ran = evidence_rivals, []
     monkeypatch.setattr(E, "KEPT", tmp_path / "rivals.json")
-    monkeypatch.setattr(E, "ROWS", {E.OURS: ("", 20, 2), "NFT": ("--method nft", 20, 2)})
-    slopes = {E.OURS: (0.2, 0.4), "NFT": (0.1, 0.1)}
-    best = {E.OURS: "5e-4", "NFT": "1e-4"}
+    monkeypatch.setattr(E, "ROWS", {E.OURS: ("", 20, 2), "NFT, at its best": ("--method nft", 20, 2)})
+    slopes = {E.OURS: (0.2, 0.4), "NFT, at its best": (0.1, 0.1)}
+    best = {E.OURS: "--lr 5e-4", "NFT, at its best": "--updates 2 --lr 1e-4"}
 
-    def run(world, name, rate, seed):
-        ran.append((name, rate, seed))
-        slope = 0.1 * (rate == best[name]) if seed == E.TUNED_ON else slopes[name][seed]
+    def run(world, name, setting, seed):
+        ran.append((name, setting, seed))
+        slope = 0.1 * (setting == best[name]) if seed == E.TUNED_ON else slopes[name][seed]
         return straight(slope)
     monkeypatch.setattr(E, "run", run)
     E.compare("mini")
-    assert sorted(ran) == sorted([(n, r, E.TUNED_ON) for n in best for r in E.RATES["mini"]]
+    assert sorted(ran) == sorted([(n, r, E.TUNED_ON) for n in best
+                                  for r in E.settings("mini", n)]
                                  + [(n, best[n], seed) for n in best for seed in (0, 1)])
     E.compare("mini")                                           # goes on where it was stopped
-    assert len(ran) == 2 * (3 + 2)
+    assert len(ran) == 3 + 9 + 2 * 2
     ours, nft = E.table("mini")[2:]
-    assert "| 2 | 5e-4 | 20 | 50 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
-    assert "| 20 | never | " in nft
+    assert "| 2 | lr 5e-4 | 20 | 50 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
+    assert "| updates 2 lr 1e-4 | 20 | never | " in nft
     assert "0.620 (0.620 to 0.620)" in nft
     assert nft.endswith("| **0.33** (0.25 to 0.50) | 0.33 | 0.380 |")
 
