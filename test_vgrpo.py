@@ -1647,6 +1647,14 @@ def test_what_all_ranks_see_is_told_by_the_first(monkeypatch, capsys, rank, erro
     command_line.explain(error)
     assert waited == waits and capsys.readouterr().err == "\nvgrpo.py: error: two lines\n"
 
+@pytest.mark.parametrize("ranks, present, told", [(2, False, 1), (2, True, 0), (1, False, 0)])
+def test_what_many_ranks_need_without_accelerate_is_told(monkeypatch, capsys, ranks, present, told):
+    """With it they share the pages of a file."""
+    monkeypatch.setattr(vgrpo, "rank_and_ranks", lambda: (0, ranks))
+    monkeypatch.setattr(diffusers.utils, "is_accelerate_available", lambda: present)
+    vgrpo.load_pipeline(vgrpo.parse_config([]))
+    assert capsys.readouterr().out.count("no accelerate: each rank") == told
+
 class Elsewhere(torch.Tensor):
     """A tensor on a pretended device: a CPU's numbers, which refuse to be mixed with the CPU's."""
     __torch_function__ = torch._C._disabled_torch_function_impl

@@ -595,6 +595,8 @@ def load_pipeline(cfg):
         if not Path(name).is_dir():
             with first_rank_first():
                 diffusers.DiffusionPipeline.download(name)
+        if rank_and_ranks()[1] > 1 and not diffusers.utils.is_accelerate_available():
+            say("no accelerate: each rank reads the weights into host memory of its own")
         return diffusers.DiffusionPipeline.from_pretrained(
             name, dtype=DTYPES[cfg.dtype], **absent)
 
