@@ -35,7 +35,7 @@ MINI = {
     "n_mc": 4, "share": "matched", "clip": 3e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 2e-4}
 RECIPES = {
     "tiny": {
-        "iterations": 100, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
+        "iterations": 40, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
         "n_mc": 2, "share": "matched", "clip": 1e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 4e-4,
         "eval_reward": "shapes,shapes-strict=0"},
     "mini": MINI,
