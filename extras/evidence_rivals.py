@@ -131,13 +131,16 @@ def compare(world):
 
 
 def curves(world):
-    """-> {name: {seed: its run}} at the best setting"""
-    runs = load()
-    best = {name: best_setting(runs, world, name) for name in ROWS}
-    found = {name: {one["seed"]: one for one in runs if one["seed"] != TUNED_ON
-                    and (one["world"], one["name"], one["setting"]) == (world, name, setting)}
-             for name, setting in best.items()}
-    return {name: seeds for name, seeds in found.items() if seeds}
+    """-> {name: {seed: its run}}, of the setting that ended highest where several were run"""
+    found = {}
+    for one in load():
+        if one["world"] == world and one["seed"] != TUNED_ON:
+            found.setdefault(one["name"], {}).setdefault(one["setting"], {})[one["seed"]] = one
+    return {name: max(found[name].values(), key=end_of) for name in ROWS if name in found}
+
+
+def end_of(seeds):
+    return statistics.mean(one["reward"][-1] for one in seeds.values())
 
 
 def mean_of(runs):
