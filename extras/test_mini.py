@@ -114,6 +114,15 @@ def test_the_shipped_model_is_what_the_command_makes():
     files = [path for path in G.FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4e6
 
+def test_its_vae_keeps_what_a_drawing_shows():
+    """Every colour and shape: else no policy could please, however it is trained."""
+    vae = vgrpo.load_pipeline(vgrpo.parse_config(["--model", "mini"])).vae
+    asked = 4 * W.items(W.split()[0])
+    images = W.draw(asked, random.Random(3))
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(2 * images - 1).latents).sample / 2 + 0.5
+    assert G.strict(decoded.clamp(0, 1), [], asked).mean() > 0.98
+
 @pytest.mark.slow
 def test_it_half_obeys_and_its_run_has_the_names(tmp_path):
     """A guess at random would be right in one of a hundred."""
