@@ -32,7 +32,7 @@ GENEVAL = {**SKILL, "reward": "geneval", "prompts": "geneval", "iterations": 100
 MINI = {
     "reward": "objects", "eval_reward": "objects,objects-strict=0,as-drawn=0", "prompts": "mini",
     "iterations": 60, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
-    "n_mc": 4, "share": "matched", "clip": 3e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 2e-4}
+    "n_mc": 4, "share": "matched", "clip": 3e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 1e-4}
 RECIPES = {
     "tiny": {
         "iterations": 40, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,

@@ -118,10 +118,11 @@ def straight(slope):
 def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
     """Ours rises three times as fast on average; the reported seeds choose no setting."""
     E, ran = evidence_rivals, []
+    rival = "NFT" + E.BEST
     monkeypatch.setattr(E, "KEPT", tmp_path / "rivals.json")
-    monkeypatch.setattr(E, "ROWS", {E.OURS: ("", 20, 2), "NFT, at its best": ("--method nft", 20, 2)})
-    slopes = {E.OURS: (0.2, 0.4), "NFT, at its best": (0.1, 0.1)}
-    best = {E.OURS: "--lr 5e-4", "NFT, at its best": "--updates 2 --lr 1e-4"}
+    monkeypatch.setattr(E, "ROWS", {E.OURS: ("", 20, 2), rival: ("--method nft", 20, 2)})
+    slopes = {E.OURS: (0.2, 0.4), rival: (0.1, 0.1)}
+    best = {E.OURS: "--lr 2e-4", rival: "--updates 2 --lr 1e-4"}
 
     def run(world, name, setting, seed):
         ran.append((name, setting, seed))
@@ -135,8 +136,8 @@ def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
     E.compare("mini")                                           # goes on where it was stopped
     assert len(ran) == 3 + 9 + 2 * 2
     ours, nft = E.table("mini")[2:]
-    assert "| 2 | lr 5e-4 | 20 | 50 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
-    assert "| updates 2 lr 1e-4 | 20 | never | " in nft
+    assert "| 2 | lr 2e-4 | 20 | 33 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
+    assert "| updates 2 lr 1e-4 | 20 | 100 | " in nft
     assert "0.620 (0.620 to 0.620)" in nft
     assert nft.endswith("| **0.33** (0.25 to 0.50) | 0.33 | 0.380 |")
 
