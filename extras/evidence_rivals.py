@@ -27,7 +27,7 @@ from extras.run_folder import write_whole
 ROOT = Path(__file__).parents[1]
 ASSETS, RUNS = ROOT / "assets", ROOT / "runs" / "rivals"
 KEPT, LOCK = ASSETS / "rivals.json", threading.Lock()
-BUDGET = {"tiny": 1000, "mini": 1200}      # the cost of a run
+BUDGET = {"tiny": 1000, "mini": 800}       # the cost of a run
 TRIAL = 400                                # of one that tries a setting
 TUNED_ON = 100                             # the seed that is not reported
 RATES = {"tiny": ("3e-4", "6e-4", "1.2e-3"), "mini": ("5e-5", "1e-4", "2e-4")}

@@ -31,7 +31,7 @@ SKILL = {**LARGE, "updates": 2, "n_mc": 10, "soft_clip": 0.0}
 GENEVAL = {**SKILL, "reward": "geneval", "prompts": "geneval", "iterations": 100, "clip": 3e-2}
 MINI = {
     "reward": "objects", "eval_reward": "objects,objects-strict=0,as-drawn=0", "prompts": "mini",
-    "iterations": 60, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
+    "iterations": 40, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
     "n_mc": 4, "share": "matched", "clip": 3e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 1e-4}
 RECIPES = {
     "tiny": {
