@@ -1687,16 +1687,16 @@ def on_its_device(function, args, kwargs):
     away = any(isinstance(x, Elsewhere) for x in tensors)
     guests = [x for x in here if x.ndim and (x is args[0] or not name.startswith("index"))]
     assert not (away and guests) or name in ("copy_", "_to_copy"), f"{name}: tensors of two devices"
+    first = args[0] if args else None
+    source = args[1] if name == "copy_" else first        # copy_(target, source)
     args, kwargs = tree_map(lambda x: getattr(x, "numbers", x), (args, kwargs))
     if kwargs.get("device") is not None:
         away = torch.device(kwargs["device"]).type == "elsewhere"
         kwargs["device"] = "cpu"
     result = function(*args, **kwargs)
-    if name in ("copy_", "_to_copy", "_local_scalar_dense"):
-        source = tensors[name == "copy_"]
-        goes_there = isinstance(tensors[0], Elsewhere) if name == "copy_" else away
-        if name == "_local_scalar_dense" or goes_there != isinstance(source, Elsewhere):
-            CROSSED["there" if goes_there else "back"] += source.nbytes
+    to = {"copy_": isinstance(first, Elsewhere), "_to_copy": away, "_local_scalar_dense": False}
+    if name in to and to[name] != isinstance(source, Elsewhere):
+        CROSSED["there" if to[name] else "back"] += source.nbytes
     return tree_map(lambda x: Elsewhere(x) if away and torch.is_tensor(x) else x, result)
 
 def two_iterations(device):
