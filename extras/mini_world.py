@@ -11,9 +11,9 @@ import torch
 
 SIDE, GROUND = 40, 0.05                      # pixels; grey of the ground
 COLORS = {"red": (.9, .15, .15), "green": (.15, .75, .2), "blue": (.15, .3, .95),
-          "yellow": (.95, .85, .15), "purple": (.8, .2, .8), "white": (.95, .95, .95)}
-SHAPES = ("circle", "square", "triangle", "bar", "cross", "ring")
-PLURALS = dict(zip(("circles", "squares", "triangles", "bars", "crosses", "rings"), SHAPES))
+          "yellow": (.95, .85, .15), "white": (.95, .95, .95)}
+SHAPES = ("circle", "triangle", "bar", "cross", "ring")
+PLURALS = dict(zip(("circles", "triangles", "bars", "crosses", "rings"), SHAPES))
 COUNTS = {"two": 2, "three": 3}
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 TURNED = dict(zip(("and", *SIDES), ("and", "right of", "left of", "below", "above")))
@@ -25,7 +25,7 @@ FORMS = {
     "colors": ("a COLOR SHAPE",),
     "position": ("a SHAPE SIDE a SHAPE",),
     "color_attr": ("a COLOR SHAPE and a COLOR SHAPE",)}
-HELD_OUT = dict(zip(FORMS, (2, 6, 8, 8, 12, 12)))       # compositions; of each, one sentence
+HELD_OUT = dict(zip(FORMS, (1, 4, 11, 6, 10, 16)))       # compositions; of each, one sentence
 PALETTE = torch.tensor(list(COLORS.values()))
 
 def sentences(tag):
@@ -56,9 +56,9 @@ def split():
     return held_out, others
 
 def items(sentences_of):
-    """{task: sentences} -> the lines of a file of prompts, at most 100 of a task"""
+    """{task: sentences} -> the lines of a file of prompts, at most 130 of a task"""
     return [{"prompt": " ".join(words), **metadata(tag, words)}
-            for tag, some in sentences_of.items() for words in some[:100]]
+            for tag, some in sentences_of.items() for words in some[:130]]
 
 def metadata(tag, words):
     """GenEval's: what the picture must show."""
@@ -80,7 +80,7 @@ def metadata(tag, words):
     return data
 
 def shape_masks(x, y, area):
-    """Soft masks [K, 6, 40, 40] of all SHAPES around x, y, of this area [K]."""
+    """Soft masks [K, 5, 40, 40] of all SHAPES around x, y, of this area [K]."""
     grid = torch.arange(SIDE) + 0.5
     side = area.sqrt()[:, None, None]
     dx, dy = grid - x[:, None, None], grid[:, None] - y[:, None, None]
@@ -93,7 +93,6 @@ def shape_masks(x, y, area):
     radius = side / math.sqrt(0.75 * math.pi)
     inside = [                               # how far a pixel lies inside of the outline
         side / math.sqrt(math.pi) - far,
-        box(0.5, 0.5),
         torch.minimum(tall / 3 - dy, slope),
         box(0.35, 1 / 1.4),                               # upright, twice as high as wide
         torch.maximum(box(0.67, 0.22), box(0.22, 0.67)),  # of five squares
@@ -121,7 +120,7 @@ def draw(wanted, rng):
         for want, spot in zip(wants, draw_spots(wants, rng)):
             color = want.get("color") or rng.choice(list(COLORS))
             shapes.append([picture, SHAPES.index(want["class"]), list(COLORS).index(color),
-                           *spot, rng.uniform(72, 88)])
+                           *spot, rng.uniform(95, 115)])
     table = torch.tensor(shapes)
     pictures, shape, color = table[:, :3].long().unbind(1)
     return render(pictures, len(wanted), shape, color, table[:, 3:])

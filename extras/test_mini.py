@@ -27,7 +27,7 @@ def test_drawings_are_read_back():
     right = G.strict(images, [], every)
     assert images.ndim == 4
     assert right.mean() > 0.99
-    assert G.as_drawn(images, [], every).min() > 0.98
+    assert (G.as_drawn(images, [], every) > 0.98).float().mean() > 0.99        # a few touch
     large = resize(images, scale_factor=3)
     assert right.equal(G.strict(large, [], every))
 
@@ -122,6 +122,18 @@ def test_its_vae_keeps_what_a_drawing_shows():
     with torch.no_grad():
         decoded = vae.decode(vae.encode(2 * images - 1).latents).sample / 2 + 0.5
     assert G.strict(decoded.clamp(0, 1), [], asked).mean() > 0.98
+
+def test_misheard_sentences_are_others_that_may_be_trained_on():
+    known = {words for some in W.split()[1].values() for words in some}
+    sentences, _ = G.draw_sentences(300, random.Random(4))
+    assert G.mishear(sentences, 0, random.Random(5)) == sentences
+    heard = G.mishear(sentences, 0.4, random.Random(5))
+    assert set(heard) <= known
+    pairs = [pair for one, other in zip(sentences, heard) for pair in zip(one, other)]
+    words = [one == other for one, other in pairs if one not in ("a", "and")]
+    assert 0.2 < 1 - sum(words) / len(words) < 0.4         # of 0.4, some draw the same word again
+    for one, other in pairs:
+        assert one == other or any({one, other} <= set(kind) for kind in W.KINDS.values())
 
 @pytest.mark.slow
 def test_it_half_obeys_and_its_run_has_the_names(tmp_path):
