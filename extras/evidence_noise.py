@@ -13,7 +13,7 @@ import rewards
 import vgrpo
 
 # Rollouts are the tiny recipe's. Flags of the estimators stand in vgrpo.py's words.
-ESTIMATOR = "--share both --stratified --no-antithetic --weight adaptive --n-mc 4"
+ESTIMATOR = "--share both --stratified --no-antithetic --weight adaptive --n-mc 4 --updates 1"
 NAIVE = ESTIMATOR + " --share none --no-stratified --weight v"
 ESTIMATORS = {
     "naive": NAIVE,
@@ -34,6 +34,11 @@ ESTIMATORS = {
     "share none, antithetic": ESTIMATOR + " --share none --antithetic",
     "matched": ESTIMATOR + " --share matched",
     "matched, antithetic": ESTIMATOR + " --share matched --antithetic",
+    "paper, the last of 2 steps": ESTIMATOR + " --updates 2",
+    "paper, the last of 4 steps": ESTIMATOR + " --updates 4",
+    "share batch, the last of 4 steps": ESTIMATOR + " --share batch --updates 4",
+    "matched, antithetic, the last of 4 steps":
+        ESTIMATOR + " --share matched --antithetic --updates 4",
     "paper, N_MC 2": ESTIMATOR + " --n-mc 2",
     "paper, N_MC 8": ESTIMATOR + " --n-mc 8",
     "matched, antithetic, N_MC 2": ESTIMATOR + " --share matched --antithetic --n-mc 2",
@@ -80,7 +85,7 @@ class Noise:
     def measure(self, flags, draws):
         """-> trace of the gradient's variance / its squared mean, cv of L_hat, within a group"""
         chosen = vgrpo.parse_config(flags.split())
-        estimator = ("share", "stratified", "antithetic", "weight", "n_mc")
+        estimator = ("share", "stratified", "antithetic", "weight", "n_mc", "updates")
         cfg = replace(self.cfg, **{name: getattr(chosen, name) for name in estimator})
         mean, square, spread = 0.0, 0.0, []
         for draw in range(draws):

@@ -8,7 +8,7 @@ import torch
 
 import rewards
 import vgrpo
-from extras import evidence_noise, evidence_rivals, fullsize_count, fullsize_models
+from extras import evidence_noise, evidence_runs, fullsize_count, fullsize_models
 from extras import overhead, tiny_world
 
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)     # "slow"
@@ -117,10 +117,12 @@ def straight(slope):
 
 def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
     """Ours rises three times as fast on average; the reported seeds choose no setting."""
-    E, ran = evidence_rivals, []
+    E, ran = evidence_runs, []
     rival = "NFT" + E.BEST
-    monkeypatch.setattr(E, "KEPT", tmp_path / "rivals.json")
-    monkeypatch.setattr(E, "ROWS", {E.OURS: ("", 20, 2), rival: ("--method nft", 20, 2)})
+    monkeypatch.setattr(E, "KEPT", tmp_path / "runs.json")
+    rows = {E.OURS: ("", 20, 2), rival: ("--method nft", 20, 2)}
+    monkeypatch.setattr(E, "RIVALS", rows)
+    monkeypatch.setattr(E, "ROWS", rows)
     slopes = {E.OURS: (0.2, 0.4), rival: (0.1, 0.1)}
     best = {E.OURS: "--lr 2e-4", rival: "--updates 2 --lr 1e-4"}
 
@@ -129,13 +131,13 @@ def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
         slope = 0.1 * (setting == best[name]) if seed == E.TUNED_ON else slopes[name][seed]
         return straight(slope)
     monkeypatch.setattr(E, "run", run)
-    E.compare("mini")
+    E.compare("mini", "rivals")
     assert sorted(ran) == sorted([(n, r, E.TUNED_ON) for n in best
                                   for r in E.settings("mini", n)]
                                  + [(n, best[n], seed) for n in best for seed in (0, 1)])
-    E.compare("mini")                                           # goes on where it was stopped
+    E.compare("mini", "rivals")                                           # goes on where it was stopped
     assert len(ran) == 3 + 9 + 2 * 2
-    ours, nft = E.table("mini")[2:]
+    ours, nft = E.table("mini", "rivals")[2:]
     assert "| 2 | lr 2e-4 | 20 | 33 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
     assert "| updates 2 lr 1e-4 | 20 | 100 | " in nft
     assert "0.620 (0.620 to 0.620)" in nft
@@ -144,6 +146,6 @@ def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
 def test_a_level_is_reached_between_evaluations():
     curve = straight(0.5)                      # .5, .7, .9, 1.1
     for level, cost in ((0.5, 0), (0.4, 0), (0.6, 20), (0.9, 80), (1.2, None)):
-        assert evidence_rivals.when(curve, level, "cost") == (cost and pytest.approx(cost))
+        assert evidence_runs.when(curve, level, "cost") == (cost and pytest.approx(cost))
     for value, drawn in ((0.8, 0.2), (1.0, 0.0)):
-        assert evidence_rivals.when(curve, value, "as drawn") == pytest.approx(drawn)
+        assert evidence_runs.when(curve, value, "as drawn") == pytest.approx(drawn)
