@@ -215,7 +215,8 @@ def number(value, form, missing=""):
 def table(world, what):
     """Rows of rivals or parts, the reference first."""
     found, reference = curves(world), OURS if what == "rivals" else ONE_UPDATE
-    names = [name for name in (RIVALS if what == "rivals" else [ONE_UPDATE, *PARTS]) if name in found]
+    every = RIVALS if what == "rivals" else (ONE_UPDATE, *PARTS)
+    names = [name for name in every if name in found]
     if len(names) < 2:
         return []
     lines = [f"| {world}: method | seeds | setting | cost of an iteration | cost to {LEVEL[world]} "

@@ -124,16 +124,18 @@ def test_its_vae_keeps_what_a_drawing_shows():
     assert G.strict(decoded.clamp(0, 1), [], asked).mean() > 0.98
 
 def test_misheard_sentences_are_others_that_may_be_trained_on():
-    known = {words for some in W.split()[1].values() for words in some}
+    """A colour is heard as a colour, and one that is held out is not heard at all."""
     sentences, _ = G.draw_sentences(300, random.Random(4))
     assert G.mishear(sentences, 0, random.Random(5)) == sentences
     heard = G.mishear(sentences, 0.4, random.Random(5))
-    assert set(heard) <= known
-    pairs = [pair for one, other in zip(sentences, heard) for pair in zip(one, other)]
-    words = [one == other for one, other in pairs if one not in ("a", "and")]
-    assert 0.2 < 1 - sum(words) / len(words) < 0.4         # of 0.4, some draw the same word again
-    for one, other in pairs:
-        assert one == other or any({one, other} <= set(kind) for kind in W.KINDS.values())
+    assert 0.4 < sum(map(tuple.__ne__, sentences, heard)) / 300 < 0.6
+    _, others = W.split()
+    known = sum(others.values(), [])
+    for said, one in zip(sentences, heard):
+        assert one in known
+        for word, other in zip(said, one):
+            kinds = [kind for kind in W.KINDS.values() if word in kind]
+            assert other == word or other in kinds[0]
 
 @pytest.mark.slow
 def test_it_half_obeys_and_its_run_has_the_names(tmp_path):

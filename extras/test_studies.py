@@ -135,7 +135,7 @@ def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
     assert sorted(ran) == sorted([(n, r, E.TUNED_ON) for n in best
                                   for r in E.settings("mini", n)]
                                  + [(n, best[n], seed) for n in best for seed in (0, 1)])
-    E.compare("mini", "rivals")                                           # goes on where it was stopped
+    E.compare("mini", "rivals")                                 # goes on where it was stopped
     assert len(ran) == 3 + 9 + 2 * 2
     ours, nft = E.table("mini", "rivals")[2:]
     assert "| 2 | lr 2e-4 | 20 | 33 | 0.860 (0.740 to 0.980) | 0.860 | 0.140 |" in ours
