@@ -1,7 +1,7 @@
 """Runs at equal cost, on the same prompts, rewards and noise: V-GRPO, its rivals, and its parts.
 
     python -m extras.evidence rivals tiny      # coloured shapes, an hour on two cores
-    python -m extras.evidence rivals mini      # GenEval in miniature, an hour and a half
+    python -m extras.evidence rivals mini      # GenEval in miniature, an hour and a quarter
     python -m extras.evidence parts mini       # the paper's method with one part changed
 
 All rivals get the same courtesy. A row chooses its setting on a seed that is not reported: its
@@ -217,7 +217,7 @@ def table(world, what):
     found, reference = curves(world), OURS if what == "rivals" else ONE_UPDATE
     every = RIVALS if what == "rivals" else (ONE_UPDATE, *PARTS)
     names = [name for name in every if name in found]
-    if len(names) < 2:
+    if reference not in found or len(names) < 2:
         return []
     lines = [f"| {world}: method | seeds | setting | cost of an iteration | cost to {LEVEL[world]} "
              f"| reward at the end | all right | as drawn | {reference} comes there for: cost "

@@ -182,7 +182,7 @@ def pretrain(vae_steps=1200, steps=8000, last=1000, wrong=0.2):
     return pipe
 
 if __name__ == "__main__":
-    torch.manual_seed(2)
+    torch.manual_seed(2)                      # its VAE keeps .995 of what is drawn
     pretrain().to(torch.float16).save_pretrained(FOLDER)            # half the bytes; loaded in fp32
     for name, some in zip(("test", "train"), world.split()):
         lines = "\n".join(map(json.dumps, world.items(some)))

@@ -110,6 +110,8 @@ def test_the_shipped_model_is_what_the_command_makes():
         assert {k: p.shape for k, p in mine.items()} == {k: p.shape for k, p in theirs.items()}
     for name in ("transformer", "scheduler"):
         assert plain(getattr(pipe, name).config) == plain(getattr(blank, name).config)
+    for embedding in pipe.text_encoder.text_model.embeddings.children():
+        assert embedding.weight.std() > 0.5              # order is told as loudly as words
     assert pipe.tokenizer.get_vocab() == blank.tokenizer.get_vocab()
     files = [path for path in G.FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4e6

@@ -143,6 +143,19 @@ def test_rivals_are_compared_at_what_they_reach(tmp_path, monkeypatch):
     assert "0.620 (0.620 to 0.620)" in nft
     assert nft.endswith("| **0.33** (0.25 to 0.50) | 0.33 | 0.380 |")
 
+def test_parts_run_at_the_rate_that_the_papers_method_chose(tmp_path, monkeypatch):
+    E, best = evidence_runs, "--lr 2e-4"
+    monkeypatch.setattr(E, "KEPT", tmp_path / "runs.json")
+    monkeypatch.setattr(E, "ASSETS", tmp_path)
+    monkeypatch.setattr(E, "run", lambda world, name, setting, seed: straight(setting == best))
+    E.compare("mini", "parts")
+    ran = [(one["name"], one["setting"]) for one in E.load() if one["seed"] != E.TUNED_ON]
+    assert sorted(ran) == sorted(3 * [(name, best) for name in (E.ONE_UPDATE, *E.PARTS)])
+    assert len(E.table("mini", "parts")) == 2 + 1 + len(E.PARTS)
+    assert E.table("mini", "rivals") == []
+    E.figure("mini", "parts")
+    assert "nothing shared (3)" in (tmp_path / "parts-mini.svg").read_text()
+
 def test_a_level_is_reached_between_evaluations():
     curve = straight(0.5)                      # .5, .7, .9, 1.1
     for level, cost in ((0.5, 0), (0.4, 0), (0.6, 20), (0.9, 80), (1.2, None)):
