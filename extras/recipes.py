@@ -29,16 +29,15 @@ LARGE = {"resolution": "512", "dtype": "bf16", "checkpointing": True, "micro_bat
 PREFERENCE = {**LARGE, "reward": "hpsv2,pickscore,clipscore", "prompts": "pickscore"}
 SKILL = {**LARGE, "updates": 2, "n_mc": 10, "soft_clip": 0.0}
 GENEVAL = {**SKILL, "reward": "geneval", "prompts": "geneval", "iterations": 100, "clip": 3e-2}
-MINI = {
-    "reward": "objects", "eval_reward": "objects,objects-strict=0,as-drawn=0", "prompts": "mini",
+TINY = {
     "iterations": 40, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
-    "n_mc": 4, "share": "matched", "clip": 3e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 1e-4}
+    "n_mc": 2, "share": "matched", "clip": 1e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 4e-4,
+    "eval_reward": "shapes,shapes-strict=0"}
 RECIPES = {
-    "tiny": {
-        "iterations": 40, "prompts_per_iteration": 12, "group_size": 12, "updates": 4, "steps": 6,
-        "n_mc": 2, "share": "matched", "clip": 1e-2, "soft_clip": 0.0, "lora_rank": 0, "lr": 4e-4,
-        "eval_reward": "shapes,shapes-strict=0"},
-    "mini": MINI,
+    "tiny": TINY,
+    "mini": {
+        **TINY, "lr": 2e-4, "prompts": "mini", "reward": "objects",
+        "eval_reward": "objects,objects-strict=0,as-drawn=0"},
     # The paper's five stages of SD3.5-medium.
     "sd3.5-s1": PREFERENCE,
     "sd3.5-s2": GENEVAL,
