@@ -88,7 +88,7 @@ PARTS = {   # the paper's with 1 update, but for what the name says; 4 have no s
 ROWS = {**RIVALS, **PARTS}
 FIGURES = {
     "rivals": ((OURS, ESTIMATOR, ONE_UPDATE, "EPG" + BEST, "AWM" + BEST, "DiffusionNFT" + BEST,
-                "DiffusionNFT", "MixGRPO", "Flow-GRPO"),),
+                "DiffusionNFT", "MixGRPO"),),
     "parts": ((ONE_UPDATE, "nothing shared", "matched", "no strata"),
               (ONE_UPDATE, "weight x", "weight v", "weight eps", "naive: none of these"),
               (ONE_UPDATE, ESTIMATOR, "4 updates, no control", "4 updates, KL .3"))}
@@ -232,7 +232,7 @@ def table(world, what):
     if reference not in found or len(names) < 2:
         return []
     lines = [f"| {world}: method | seeds | setting | cost of an iteration | cost to {LEVEL[world]} "
-             f"| reward at the end | all right | as drawn | share of its cost until {reference} is "
+             f"| reward at the end | strict | as drawn | share of its cost until {reference} is "
              "where it ends | of its seconds | as drawn there |", "|" + 11 * "---|"]
     for name in names:
         cells = [name, *cells_of(found[name])]
@@ -273,7 +273,7 @@ def figure(world, what):
             series = [band_of(name, found[name], value) for name in names if name in found]
             charts.append(report.svg_chart(series, "network evaluations per image", value,
                                            f"{world}: {value}", size=(620, 460)))
-    (ASSETS / f"{what}-{world}.svg").write_text(report.svg_figure(charts, columns=len(charts)))
+    (ASSETS / f"{what}-{world}.svg").write_text(report.svg_figure(charts))
 
 
 def band_of(name, seeds, value):
