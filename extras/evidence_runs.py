@@ -1,12 +1,12 @@
 """Runs at equal cost, on the same prompts, rewards and noise: V-GRPO, its rivals, and its parts.
 
-    python -m extras.evidence rivals tiny      # coloured shapes, an hour on two cores
-    python -m extras.evidence rivals mini      # GenEval in miniature, an hour and a quarter
-    python -m extras.evidence parts mini       # the paper's method with one part changed
+    python -m extras.evidence rivals mini      # GenEval in miniature, two hours on two cores
+    python -m extras.evidence parts mini       # one part changed at a time, half an hour
+    python -m extras.evidence rivals tiny      # coloured shapes, an hour and a half
 
 All rows get the same courtesy. Short trials on a seed that is not reported compare settings: three
 learning rates and, where a rival is at its best, also 1, 2 or 4 gradient steps an iteration, on 4
-timesteps an image. The best two of them run on seeds 0, 1, ..., and a table shows the one that ends
+timesteps per image. The best two of them run on seeds 0, 1, ..., and a table shows the one that ends
 highest there. Parts are not tuned: all run at the middle rate. A run ends when it has cost BUDGET:
 network evaluations per image, a forward pass counts 1, a backward pass 2.
 
@@ -253,7 +253,8 @@ def cells_of(seeds):
 
 
 def comparison(reference, seeds):
-    """On the seeds that both have: the share of cost (lowest to highest), of seconds; as drawn"""
+    """On the seeds that both have: the share of cost, of mean curves (lowest and highest of a seed);
+    that of seconds; the reference's "as drawn" where the other ends"""
     pairs = [(reference[seed], one) for seed, one in seeds.items() if seed in reference]
     ours, theirs = (mean_of(runs) for runs in zip(*pairs))
     cost, seconds = (share(ours, theirs, axis) for axis in ("cost", "seconds"))
