@@ -253,8 +253,8 @@ def cells_of(seeds):
 
 
 def comparison(reference, seeds):
-    """On the seeds that both have: the share of cost, of mean curves (lowest and highest of a seed);
-    that of seconds; the reference's "as drawn" where the other ends"""
+    """On the seeds that both have: the share of cost, of mean curves (lowest and highest of a
+    seed); that of seconds; the reference's "as drawn" where the other ends"""
     pairs = [(reference[seed], one) for seed, one in seeds.items() if seed in reference]
     ours, theirs = (mean_of(runs) for runs in zip(*pairs))
     cost, seconds = (share(ours, theirs, axis) for axis in ("cost", "seconds"))
