@@ -7,8 +7,8 @@
 All rows get the same courtesy. Short trials on a seed that is not reported compare settings: three
 learning rates and, where a rival is at its best, also 1, 2 or 4 gradient steps an iteration, on 4
 timesteps per image. The best two of them run on seeds 0, 1, ..., and a table shows the one that
-ends highest there. Parts are not tuned: all run at the middle rate. A run ends when it has cost BUDGET:
-network evaluations per image, a forward pass counts 1, a backward pass 2.
+ends highest there. Parts are not tuned: all run at the middle rate. A run ends when it has cost
+BUDGET: network evaluations per image, a forward pass counts 1, a backward pass 2.
 
 A finished run stays in assets/runs.json and is not repeated, so a command goes on where it was
 stopped. Who changes the flags of a row deletes its runs there. One command at a time.
